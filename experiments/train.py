@@ -1,0 +1,33 @@
+"""Runs Q# from a configuration: collect, aggregate, fit, guide, evaluate, report.
+
+  python experiments/train.py --config=configs/arithmetic.py:tiny --workdir=runs/mine --config.eta=0.2
+
+The same command continues a run that was stopped. Every key is in configs/default.py.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from qsharp_jax import cli
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('--config', metavar='FILE:SIZE', help='configuration; override with --config.KEY=VALUE')
+    parser.add_argument('--workdir', type=Path, required=True, help='directory of everything the run makes')
+    parser.add_argument('--dry_run', action='store_true',
+                        help='print configuration, parameter counts, shapes and memory, and stop')
+    config, others = cli.parse_config(argv)
+    args = parser.parse_args(others)
+    if config is None:
+        parser.error('add --config=configs/arithmetic.py:tiny or another file')
+
+    from qsharp_jax import train  # after the command line is known to be right: it takes seconds to import
+    train.run(config, args.workdir, dry_run=args.dry_run)
+
+
+if __name__ == '__main__':
+    cli.main(main)

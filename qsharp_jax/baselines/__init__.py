@@ -1,0 +1,1 @@
+"""Training that is not Q#: what it starts from, and what it is compared with."""

@@ -1,0 +1,176 @@
+"""Next-token pre-training of a small reference from scratch, for tasks that no published model knows."""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+import optax
+
+from qsharp_jax import checkpoint, learner, progress, sharding
+from qsharp_jax.data import builders, star_graph, tokenizers
+from qsharp_jax.data import prompts as prompts_lib
+from qsharp_jax.metrics import Writer
+from qsharp_jax.models import networks, transformer
+from qsharp_jax.models.transformer import TransformerConfig
+from qsharp_jax.types import Array, Params
+
+STAGE = 'pretrain'
+
+
+@struct.dataclass
+class Sequences:
+    """Whole texts, right-padded.
+
+    Attributes:
+      tokens: ids.  # [B, T] int32
+      weights: 1 on each token that the loss predicts, 0 on the others and on padding.  # [B, T] float32
+    """
+
+    tokens: Array
+    weights: Array
+
+
+def next_token_loss(config: TransformerConfig, params: Params, batch: Sequences) -> Array:
+    """Returns the mean negative log-likelihood, in nats a predicted token, of the weighted tokens.  # []"""
+    inputs, targets, weights = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.weights[:, 1:]
+    rows, length = inputs.shape
+    positions = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
+    logits = networks.reference_logits(config, params, inputs, positions, transformer.causal_mask(length))
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.sum(weights * nll) / jnp.sum(weights)
+
+
+def load_or_train(config: ml_collections.ConfigDict, workdir: Path,
+                  mesh: Mesh) -> tuple[TransformerConfig, Params, tokenizers.Tokenizer, str]:
+    """Returns shape, parameters on the mesh, tokenizer and digest of the reference, trained unless it is on disk.
+
+    Args:
+      config: of the run; `reference.transformer` and `reference.pretrain` say what is trained, and how.
+      workdir: of the run; the finished reference is kept in `checkpoints/reference`, an unfinished one beside it.
+      mesh: the devices.
+    """
+    tokenizer = tokenizer_of(config)
+    corpus = sequences(config, tokenizer)
+    shape = model_shape(config.reference, tokenizer.vocab_size, corpus.tokens.shape[1])
+
+    def init(key: Array) -> Params:
+        return transformer.init_params(key, shape)
+
+    start = sharding.born_sharded(init, mesh, transformer.logical_axes(shape))(
+        jax.random.fold_in(jax.random.key(config.seed), 0x9e7))
+    directory = workdir / 'checkpoints' / 'reference'
+    if (directory / checkpoint.VALUE_FILE).exists():
+        params, meta = checkpoint.restore_params(directory, start)
+        return shape, params, tokenizer, meta['digest']
+    params = _train(config, shape, start, corpus, workdir, mesh)
+    digest = hashlib.sha256(json.dumps(
+        [config.reference.to_dict(), config.task.to_dict(), config.seed], sort_keys=True).encode()).hexdigest()
+    checkpoint.save_params(directory, params, {'digest': digest})
+    return shape, params, tokenizer, digest
+
+
+def tokenizer_of(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
+    """Returns the tokenizer of a task's own texts; ValueError for a task that has no corpus."""
+    if config.task.name != 'star_graph':
+        raise ValueError(f"reference.source 'pretrain' needs a task with a corpus to train on, and "
+                         f'{config.task.name!r} has none: use star_graph, or name a model.')
+    return tokenizers.from_vocabulary(*star_graph.vocabulary(config.task.star_graph.num_nodes))
+
+
+def model_shape(reference: Any, vocab_size: int, longest: int) -> TransformerConfig:
+    """Returns the transformer that the config's section `reference` describes.
+
+    Args:
+      reference: the section.
+      vocab_size: of the tokenizer.
+      longest: tokens of the longest text.
+    """
+    sizes = reference.transformer
+    if sizes.width % sizes.heads:
+        raise ValueError(f'reference.transformer.width is {sizes.width}; it must be a multiple of heads, which is '
+                         f'{sizes.heads}.')
+    return TransformerConfig(
+        vocab_size=vocab_size, width=sizes.width, layers=sizes.layers, heads=sizes.heads, kv_heads=sizes.kv_heads,
+        head_dim=sizes.width // sizes.heads, mlp_width=sizes.mlp_width,
+        # Room beyond the longest text: an answer of the model may be longer than any it was trained on.
+        max_positions=2 * longest + 64, positions=sizes.positions, rope_base=sizes.rope_base,
+        tied_embeddings=sizes.tied_embeddings, dtype=jnp.dtype(reference.dtype))
+
+
+def sequences(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer) -> Sequences:
+    """Returns the corpus on the host: each text of the task's `pretrain` split with its end token.  # [N, T]"""
+    records = builders.read(prompts_lib.task_config(config.task), 'pretrain', config.task.data_dir)
+    end = min(tokenizer.eos_ids)
+    encoded = [(tokenizer.encode(record['question']), [*tokenizer.encode(record['answer']), end])
+               for record in records]
+    longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
+    tokens = np.zeros((len(encoded), longest), np.int32)
+    weights = np.zeros((len(encoded), longest), np.float32)
+    for row, (prompt, answer) in enumerate(encoded):
+        whole = [*prompt, *answer]
+        tokens[row, :len(whole)] = whole
+        first = 1 if config.reference.pretrain.loss == 'all' else len(prompt)
+        weights[row, first:len(whole)] = 1
+    return Sequences(tokens=tokens, weights=weights)
+
+
+def _train(config: ml_collections.ConfigDict, shape: TransformerConfig, start: Params, corpus: Sequences,
+           workdir: Path, mesh: Mesh) -> Params:
+    """Returns the trained parameters, going on from a checkpoint if there is one."""
+    pretrain = config.reference.pretrain
+    sharding.check_divisible(pretrain.batch_size, mesh, 'reference.pretrain.batch_size')
+    optimizer_config = learner.OptimizerConfig(
+        learning_rate=pretrain.learning_rate, weight_decay=pretrain.weight_decay,
+        clip_norm=pretrain.clip_norm or math.inf, schedule=pretrain.schedule, warmup_steps=pretrain.warmup_steps,
+        total_steps=pretrain.steps, optimizer=pretrain.optimizer)
+    optimizer = learner.make_optimizer(optimizer_config)
+    state = learner.init(start, optimizer_config)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def update(state: learner.LearnerState, batch: Sequences) -> tuple[learner.LearnerState, Array]:
+        loss, grads = jax.value_and_grad(lambda params: next_token_loss(shape, params, batch))(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return learner.LearnerState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss
+
+    step_fn = jax.jit(update, donate_argnums=0, out_shardings=(placed, None))
+    saved = checkpoint.Checkpoints(workdir / 'checkpoints' / STAGE, config.checkpoint.keep)
+    found = saved.restore_latest(state)
+    if found is not None:
+        state = found[0]
+    first = int(state.step)
+    writer = Writer(workdir)
+    writer.resume(STAGE, first)
+    rows = len(corpus.tokens)
+    with progress.bar('pre-train the reference', total=pretrain.steps, unit='steps', initial=first) as bar:
+        for step in range(first, pretrain.steps):
+            chosen = batch_rows(config.seed, step, pretrain.batch_size, rows)
+            batch = jax.tree.map(lambda leaf: leaf[chosen], corpus)
+            state, loss = step_fn(state, sharding.shard_batch(mesh, batch))
+            done = step + 1
+            if done == pretrain.steps or done % config.logging.every_steps == 0:
+                writer.write(STAGE, done, {'loss': float(loss)})
+                bar.update(done - bar.count, loss=float(loss))
+            if done < pretrain.steps and done % config.fit.checkpoint_every_steps == 0:
+                saved.save(done, state, {})
+    saved.close()
+    return state.params
+
+
+def batch_rows(seed: int, step: int, batch: int, rows: int) -> np.ndarray:
+    """Returns which texts a step trains on: epochs of the corpus, each in an order of its own.  # [batch]"""
+    places = step * batch + np.arange(batch)
+    chosen = np.empty(batch, np.int64)
+    for epoch in np.unique(places // rows):
+        order = np.random.default_rng([seed, 0x9e7, int(epoch)]).permutation(rows)
+        inside = places // rows == epoch
+        chosen[inside] = order[places[inside] % rows]
+    return chosen

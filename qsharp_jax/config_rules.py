@@ -1,0 +1,194 @@
+"""The values that configuration keys may take: one sentence for each that is out of range."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+import math
+from typing import Any
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    'task.name': ('arithmetic', 'star_graph'),
+    'reference.dtype': ('float32', 'bfloat16'),
+    'reference.transformer.positions': ('rope', 'learned'),
+    'reference.pretrain.loss': ('target', 'all'),
+    'reference.pretrain.optimizer': ('adamw', 'muon'),
+    'reference.pretrain.schedule': ('constant', 'cosine'),
+    'value.type': ('v', 'q'),
+    'value.init': ('truncate', 'reference', 'scratch'),
+    'value.head_init': ('zero', 'normal', 'lm_head'),
+    'value.head': ('bernoulli', 'categorical', 'mse'),
+    'value.projection': ('nearest', 'two_hot', 'hl_gauss'),
+    'value.dtype': ('float32', 'bfloat16'),
+    'guidance.outside': ('zero', 'remove', 'min', 'mean', 'soft_bellman'),
+    'guidance.order': ('paper', 'after_sampler'),
+    'guidance.offset': ('qsharp', 'cd', 'fudge'),
+    'collect.cut': ('uniform', 'start'),
+    'collect.budget': ('total', 'fresh'),
+    'reward_options.on_error': ('stop', 'abstain'),
+    'fit.optimizer': ('adamw', 'muon'),
+    'fit.schedule': ('constant', 'cosine'),
+    'fit.tokens': ('all', 'single'),
+    'fit.init': ('base', 'previous'),
+    'eval.split': ('train', 'validation', 'test'),
+    'eval.select_split': ('', 'train', 'validation', 'test'),
+}
+
+_ITEM_CHOICES: dict[str, tuple[str, ...]] = {
+    'task.arithmetic.operations': ('+', '-', '*'),
+    'eval.methods': ('qsharp', 'cd', 'fudge'),
+}
+
+_ABOVE_ZERO = (
+    'reference.transformer.rope_base', 'reference.pretrain.learning_rate', 'value.sigma',
+    'reward_options.timeout_seconds', 'fit.epochs', 'fit.learning_rate', 'fit.head_lr_multiplier',
+    'logging.progress_seconds',
+)
+
+_AT_LEAST: dict[str, int] = {
+    'iterations': 1,
+    'task.max_prompt_tokens': 1,
+    'task.arithmetic.max_operand': 1,
+    'task.arithmetic.train_examples': 1,
+    'task.arithmetic.validation_examples': 1,
+    'task.arithmetic.test_examples': 1,
+    'task.star_graph.degree': 2,
+    'task.star_graph.path_length': 2,
+    'task.star_graph.num_nodes': 3,
+    'task.star_graph.pretrain_examples': 1,
+    'task.star_graph.train_examples': 1,
+    'task.star_graph.validation_examples': 1,
+    'task.star_graph.test_examples': 1,
+    'reference.transformer.layers': 1,
+    'reference.transformer.width': 1,
+    'reference.transformer.heads': 1,
+    'reference.transformer.kv_heads': 1,
+    'reference.transformer.mlp_width': 1,
+    'reference.pretrain.steps': 1,
+    'reference.pretrain.batch_size': 1,
+    'reference.pretrain.weight_decay': 0,
+    'reference.pretrain.clip_norm': 0,
+    'reference.pretrain.warmup_steps': 0,
+    'value.layers': 0,
+    'value.extra_layers': 0,
+    'value.num_atoms': 2,
+    'sampling.temperature': 0,
+    'sampling.top_k': 0,
+    'sampling.max_new_tokens': 1,
+    'guidance.candidates': 1,
+    'collect.examples': 0,
+    'collect.samples': 1,
+    'collect.block_examples': 1,
+    'collect.batch_rows': 1,
+    'reward_options.workers': 0,
+    'fit.batch_size': 1,
+    'fit.samples_per_row': 1,
+    'fit.weight_decay': 0,
+    'fit.clip_norm': 0,
+    'fit.warmup_steps': 0,
+    'fit.frozen_layers': 0,
+    'fit.accumulate': 1,
+    'fit.checkpoint_every_steps': 1,
+    'eval.examples': 0,
+    'eval.select_examples': 0,
+    'eval.samples': 1,
+    'eval.maj_k': 1,
+    'eval.block_examples': 1,
+    'eval.batch_rows': 1,
+    'checkpoint.keep': 1,
+    'logging.every_steps': 1,
+    'logging.heldout_every_steps': 1,
+    'logging.report_examples': 0,
+}
+
+
+def check_values(keys: Mapping[str, Any]) -> None:
+    """Raises ValueError with one sentence for each value that is not allowed.
+
+    Args:
+      keys: every key of a configuration, dotted, with its value.
+    """
+    problems = [*_single(keys), *_together(keys)]
+    if problems:
+        raise ValueError('\n'.join(problems))
+
+
+def _single(keys: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on values that are wrong whatever the others are."""
+    for key, allowed in CHOICES.items():
+        if keys[key] not in allowed:
+            yield f'config.{key} is {keys[key]!r}; it must be one of {_listed(allowed)}.'
+    for key, allowed in _ITEM_CHOICES.items():
+        wrong = [item for item in keys[key] if item not in allowed]
+        if wrong:
+            yield f'config.{key} has {_listed(wrong)}; its items must be among {_listed(allowed)}.'
+    for key in ('eta', 'collect.eta'):
+        if not keys[key] > 0:
+            yield (f'config.{key} is {keys[key]:g}; it must be above 0: it divides the return, so a small one guides '
+                   'strongly.')
+    for eta in keys['eval.etas']:
+        if not eta > 0:
+            yield f'config.eval.etas has {eta:g}; every eta must be above 0.'
+    for temperature in keys['eval.reference_temperatures']:
+        if not 0 <= temperature < math.inf:
+            yield f'config.eval.reference_temperatures has {temperature:g}; a temperature is 0 (greedy) or more.'
+    for key in _ABOVE_ZERO:
+        if not 0 < keys[key] < math.inf:
+            yield f'config.{key} is {keys[key]:g}; it must be above 0.'
+    for key, least in _AT_LEAST.items():
+        if not least <= keys[key] < math.inf:
+            yield f'config.{key} is {keys[key]:g}; it must be {least} or more.'
+    if not 0 < keys['sampling.top_p'] <= 1:
+        yield f'config.sampling.top_p is {keys["sampling.top_p"]:g}; it must be above 0 and at most 1 (1 keeps all).'
+    if not 0 <= keys['task.arithmetic.two_digit_share'] <= 1:
+        yield (f'config.task.arithmetic.two_digit_share is {keys["task.arithmetic.two_digit_share"]:g}; it is a share, '
+               '0 to 1.')
+    if not 0 <= keys['fit.heldout_fraction'] < 1:
+        yield f'config.fit.heldout_fraction is {keys["fit.heldout_fraction"]:g}; it must be at least 0 and below 1.'
+    if '{question}' not in keys['task.template']:
+        yield f"config.task.template is {keys['task.template']!r}; it must have '{{question}}' where the question goes."
+    for key in ('reward', 'reference.source', 'task.data_dir', 'task.arithmetic.operations', 'eval.methods'):
+        if not keys[key]:
+            yield f'config.{key} is empty; it needs a value.'
+
+
+def _together(keys: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on values that do not fit each other."""
+    if not -math.inf < keys['value.v_min'] < keys['value.v_max'] < math.inf:
+        yield (f'config.value.v_min is {keys["value.v_min"]:g} and config.value.v_max is {keys["value.v_max"]:g}; both '
+               'must be finite and v_min the smaller.')
+    elif keys['guidance.outside'] == 'zero' and keys['value.v_min'] < 0:
+        yield (f"config.guidance.outside is 'zero', which needs rewards of at least 0, and config.value.v_min is "
+               f"{keys['value.v_min']:g}: choose 'mean', 'min', 'remove' or 'soft_bellman', or shift the reward.")
+    if (keys['value.init'] == 'reference') != (keys['value.layers'] == 0):
+        yield (f"config.value.init is {keys['value.init']!r} and config.value.layers is {keys['value.layers']}: "
+               "'reference' copies every layer and takes 0; 'truncate' and 'scratch' need a number of layers.")
+    if keys['value.head_init'] == 'lm_head' and keys['value.type'] != 'q':
+        yield "config.value.head_init is 'lm_head', which only config.value.type 'q' has; choose 'zero' or 'normal'."
+    if keys['guidance.outside'] == 'soft_bellman' and keys['value.type'] == 'q':
+        yield ("config.guidance.outside is 'soft_bellman', which needs the value of the last chosen token, and "
+               "config.value.type 'q' has none: choose another rule, or type 'v'.")
+    if keys['fit.accumulate'] > 0 and keys['fit.batch_size'] % keys['fit.accumulate']:
+        yield (f'config.fit.accumulate is {keys["fit.accumulate"]}; it must divide config.fit.batch_size, which is '
+               f'{keys["fit.batch_size"]}.')
+    if keys['eval.maj_k'] > keys['eval.samples']:
+        yield (f'config.eval.maj_k is {keys["eval.maj_k"]}; a vote needs that many answers, and config.eval.samples is '
+               f'{keys["eval.samples"]}.')
+    sizes = [keys[f'mesh.{axis}'] for axis in ('data', 'fsdp', 'tensor')]
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        yield (f'config.mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}; every size must be at least 1, '
+               'and only one may be -1, for the devices that the others leave.')
+    heads, kv_heads = keys['reference.transformer.heads'], keys['reference.transformer.kv_heads']
+    if kv_heads > 0 and heads % kv_heads:
+        yield f'config.reference.transformer.kv_heads is {kv_heads}; it must divide heads, which is {heads}.'
+    width = keys['reference.transformer.width']
+    if heads > 0 and width % (2 * heads):
+        yield (f'config.reference.transformer.width is {width}; it must be a multiple of twice the heads, which are '
+               f'{heads}.')
+    if keys['task.name'] == 'star_graph':
+        needed = keys['task.star_graph.degree'] * (keys['task.star_graph.path_length'] - 1) + 1
+        if needed > keys['task.star_graph.num_nodes']:
+            yield (f'config.task.star_graph.num_nodes is {keys["task.star_graph.num_nodes"]}, but a graph of this '
+                   f'degree and path_length has {needed} nodes.')
+
+
+def _listed(items: tuple[str, ...] | list[str]) -> str:
+    return ', '.join(repr(item) for item in items)

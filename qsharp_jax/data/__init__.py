@@ -1,0 +1,1 @@
+"""Tasks, prompts, tokenizers, and the data set that a run collects."""

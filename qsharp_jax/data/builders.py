@@ -1,0 +1,109 @@
+"""What the TFDS builders of this package share. TensorFlow is not needed."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+
+class TaskConfig(Protocol):
+    """A task's parameters, which know their builder."""
+
+    def builder(self, data_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
+        """Returns the builder of this task, which keeps its files below `data_dir`."""
+
+
+def config_name(config: Any, revision: int) -> str:
+    """Returns a name that is a hash of every parameter: other parameters never find these prepared files.
+
+    Args:
+      config: a dataclass that extends `tfds.core.BuilderConfig`; its own fields are the parameters.
+      revision: of the generator, raised whenever the same parameters would make other records.
+    """
+    inherited = {field.name for field in dataclasses.fields(tfds.core.BuilderConfig)}
+    parameters = {field.name: getattr(config, field.name)
+                  for field in dataclasses.fields(config) if field.name not in inherited}
+    text = json.dumps({'revision': revision, **parameters}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def hash_share(text: str) -> float:
+    """Returns a number in [0, 1) that depends on the text alone, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2 ** 64
+
+
+def split_of(text: str, fractions: Mapping[str, float]) -> str:
+    """Returns the split that a canonical text belongs to.
+
+    It depends on nothing but the text, neither a seed nor the sizes, so that what is held out in one run is held out
+    in all of them.
+
+    Args:
+      text: canonical form, the same for all problems that must not be separated.
+      fractions: share of each split; they sum to 1.
+    """
+    share, total = hash_share(text), 0.0
+    for name, fraction in fractions.items():
+        total += fraction
+        if share < total:
+            return name
+    return name
+
+
+def features(**extra: Any) -> tfds.features.FeaturesDict:
+    """Returns the features of a task: `id`, `question` and `answer`, and the `extra` ones."""
+    return tfds.features.FeaturesDict({
+        'id': tfds.features.Scalar(dtype=np.int64),
+        'question': tfds.features.Text(),
+        'answer': tfds.features.Text(),
+        **extra,
+    })
+
+
+def info(builder: tfds.core.GeneratorBasedBuilder, description: str, **extra: Any) -> tfds.core.DatasetInfo:
+    """Returns what TFDS records about a builder whose examples stay in the order of their ids."""
+    return tfds.core.DatasetInfo(
+        builder=builder, description=description, features=features(**extra), disable_shuffling=True)
+
+
+def read(task: TaskConfig, split: str, data_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns a split's records, in the order of their ids, as plain Python values.
+
+    The files are generated on first use; a killed generation leaves nothing half made.
+
+    Raises:
+      ValueError: if the task has no such split, or cannot make as many distinct records as were asked for.
+    """
+    with _quiet():
+        builder = task.builder(data_dir)
+        builder.download_and_prepare(file_format='array_record')
+    if split not in builder.info.splits:
+        raise ValueError(f'there is no split {split!r} of {builder.name}; it has {", ".join(builder.info.splits)}.')
+    return [{key: _plain(value) for key, value in record.items()} for record in builder.as_data_source(split)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS from telling of downloads, which there are none of, and of configurations being its user's own."""
+    tfds.disable_progress_bar()
+    logger = logging.getLogger('absl')
+    unusual = lambda record: record.levelno > logging.WARNING
+    logger.addFilter(unusual)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.removeFilter(unusual)
+
+
+def _plain(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value.item() if hasattr(value, 'item') else value

@@ -1,0 +1,153 @@
+"""The state of a batch of answers being written, how one starts, and how one goes back."""
+from __future__ import annotations
+
+import functools
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from qsharp_jax.types import Array, Cache, Params, Reference, Value
+
+
+@struct.dataclass
+class DecodeState:
+    """A batch of answers in the making; every field is per row, so rows never touch each other.
+
+    The last chosen token is *pending*: it is fed to the networks by the next step, which puts it into the caches.
+
+    Attributes:
+      reference_cache: slots 0 .. length-1 of each row hold the prompt and the answer so far without `pending`.
+      value_cache: likewise, for the value network; None where nothing is guided.
+      prompt_length: tokens of the prompt, at least 1.  # [B] int32
+      pending: the last token of prompt + answer; its position is `length`.  # [B] int32
+      tokens: the answer; entries at or beyond `count` mean nothing.  # [B, T] int32
+      count: tokens of the answer.  # [B] int32
+      limit: the answer stops at this many tokens.  # [B] int32
+      ended: whether the last token of the answer is an end-of-sequence token.  # [B] bool
+      keys: one key per row; the noise of answer position t is `fold_in(key, t)`.  # [B] keys
+      kl: Σ over the answer's tokens of KL(policy ‖ reference), in nats.  # [B]
+      values: expected return of each chosen token, NaN where it was not scored.  # [B, T]
+    """
+
+    reference_cache: Cache
+    value_cache: Cache
+    prompt_length: Array
+    pending: Array
+    tokens: Array
+    count: Array
+    limit: Array
+    ended: Array
+    keys: Array
+    kl: Array
+    values: Array
+
+    @property
+    def length(self) -> Array:
+        """Slots of the caches that are in use: all but the pending token.  # [B]"""
+        return self.prompt_length + self.count - 1
+
+    @property
+    def active(self) -> Array:
+        """Rows that still need tokens.  # [B] bool"""
+        return ~self.ended & (self.count < self.limit)
+
+
+def unit_keys(seed: int, iteration: int, stage: str, examples: Array, samples: Array) -> Array:
+    """Returns one key per (example, sample), the same wherever and whenever the unit is computed.
+
+    Args:
+      seed: of the run.
+      iteration: outer iteration the draw belongs to.
+      stage: name of the kind of draw ('roll_in', 'cut', 'roll_out', 'evaluate'): each has noise of its own.
+      examples: ids of the prompts.  # [B] int32
+      samples: number of the answer of its prompt.  # [B] int32
+    """
+    stages = ('roll_in', 'cut', 'roll_out', 'evaluate')
+    if stage not in stages:
+        raise ValueError(f'stage {stage!r}: it must be one of {", ".join(stages)}')
+    base = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), iteration), stages.index(stage))
+
+    def key(example: Array, sample: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(base, example), sample)
+
+    return jax.vmap(key)(examples, samples)
+
+
+@functools.partial(jax.jit, static_argnames=('reference', 'value', 'buffer'))
+def start(reference: Reference, value: Value | None, reference_params: Params, value_params: Params,
+          prompts: Array, lengths: Array, rows: Array, keys: Array, limit: Array, buffer: int) -> DecodeState:
+    """Returns the state before the first token, each distinct prompt prefilled once for all of its rows.
+
+    Args:
+      reference: π_ref.
+      value: the value network, or None where nothing will be guided.
+      reference_params: of `reference`.
+      value_params: of `value`; anything when that is None.
+      prompts: right-padded distinct prompts.  # [U, P] int32
+      lengths: their lengths, at least 1.  # [U] int32
+      rows: which prompt each row answers.  # [B] int32
+      keys: one per row, from `unit_keys`.  # [B]
+      limit: most tokens of each answer; 0 makes a row that never runs (padding).  # [B] int32
+      buffer: T, size of the answer buffer; no limit may exceed it.
+    """
+    unique, width = prompts.shape
+    capacity = width + buffer
+    # The last prompt token stays pending: the first step feeds it, so that every step is alike.
+    before = lengths - 1
+
+    def filled(network: Reference | Value, params: Params) -> Cache:
+        cache = network.prefill(params, prompts, before, network.init_cache(unique, capacity))
+        return jax.tree.map(lambda leaf: leaf[rows], cache)
+
+    batch = rows.shape[0]
+    prompt_length = lengths[rows]
+    return DecodeState(
+        reference_cache=filled(reference, reference_params),
+        value_cache=None if value is None else filled(value, value_params),
+        prompt_length=prompt_length,
+        pending=prompts[rows, prompt_length - 1],
+        tokens=jnp.zeros((batch, buffer), jnp.int32),
+        count=jnp.zeros(batch, jnp.int32),
+        limit=limit,
+        ended=jnp.zeros(batch, bool),
+        keys=keys,
+        kl=jnp.zeros(batch, jnp.float32),
+        values=jnp.full((batch, buffer), jnp.nan, jnp.float32),
+    )
+
+
+def is_eos(tokens: Array, eos_ids: tuple[int, ...]) -> Array:
+    """Returns whether each token ends an answer. Same shape as `tokens`."""
+    ended = jnp.zeros(tokens.shape, bool)
+    for eos in eos_ids:
+        ended |= tokens == eos
+    return ended
+
+
+@functools.partial(jax.jit, static_argnames=('eos_ids',), donate_argnames=('state',))
+def rewind(state: DecodeState, kept: Array, limit: Array, keys: Array, eos_ids: tuple[int, ...]) -> DecodeState:
+    """Returns the state with each answer cut back to its first `kept` tokens, to go on with other noise.
+
+    `state` is given up. Only lengths change: the caches are addressed by position and their slots beyond the length are never read. The
+    token at the cut becomes the pending one. The KL of the cut-off tokens cannot be taken back, so `kl` is zeroed.
+
+    Args:
+      state: after some decoding.
+      kept: tokens to keep, 1 <= kept <= count.  # [B] int32
+      limit: as in `start`.  # [B] int32
+      keys: noise for the tokens to come.  # [B]
+      eos_ids: ends of an answer.
+    """
+    last = jnp.take_along_axis(state.tokens, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
+    written = jnp.arange(state.tokens.shape[1])[None, :] < kept[:, None]
+    return state.replace(
+        pending=jnp.where(kept > 0, last, state.pending),
+        count=kept,
+        limit=limit,
+        ended=is_eos(last, eos_ids) & (kept > 0),
+        keys=keys,
+        kl=jnp.zeros_like(state.kl),
+        tokens=jnp.where(written, state.tokens, 0),
+        values=jnp.where(written, state.values, jnp.nan),
+    )

@@ -1,0 +1,200 @@
+"""Answers of several policies to the same questions, graded, and what they amount to.
+
+All policies that share a value network and a kind of offset are decoded in one batch, whatever their eta and
+temperature. The noise of a sample depends on its question and number alone, so differences between policies are
+paired. Finished blocks of questions are kept on disk: a run that was killed goes on behind the last one.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+import time
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qsharp_jax import decoding, estimators, progress, sharding, units
+from qsharp_jax.data.prompts import Prompts
+from qsharp_jax.experiment import Experiment, grade
+from qsharp_jax.metrics import replace_text
+from qsharp_jax.types import Params, Policy
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """A policy to evaluate.
+
+    Attributes:
+      method: 'reference', 'qsharp', 'cd' or 'fudge'.
+      iteration: of the value network; 0 for the reference.
+      eta: KL coefficient; inf for the reference.
+      temperature: of the sampler; 0 is greedy.
+    """
+
+    method: str
+    iteration: int
+    eta: float
+    temperature: float
+
+    @property
+    def guided(self) -> bool:
+        """Whether a value network is needed."""
+        return self.method != 'reference'
+
+    @property
+    def key(self) -> Row:
+        """What identifies its rows in results.jsonl, together with the split."""
+        return {'method': self.method, 'iteration': self.iteration, 'eta': self.eta, 'temperature': self.temperature}
+
+
+def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int], policies: Sequence[Evaluated],
+               value_params: Params, split: str, samples: int, batch_rows: int, block_examples: int) -> list[Row]:
+    """Returns one graded row per (example, sample, policy), reading finished blocks back instead of redoing them.
+
+    Args:
+      experiment: the run.
+      prompts: of the split.
+      which: row numbers of `prompts` to answer.
+      policies: of one method, so that they decode together.
+      value_params: of the value network; None for the reference.
+      split: name, for files and messages.
+      samples: answers per example and policy.
+      batch_rows: answers decoded at once.
+      block_examples: examples per block.
+    """
+    method, iteration = policies[0].method, policies[0].iteration
+    if any((p.method, p.iteration) != (method, iteration) for p in policies):
+        raise ValueError('policies that decode together must share one method and iteration.')
+    name = f'{method}_{iteration}' if iteration else method
+    # The directory names everything the rows depend on, so a changed evaluation never reads another's blocks.
+    identity = json.dumps([[p.key for p in policies], samples, batch_rows, block_examples, [int(i) for i in which],
+                           experiment.value_digest(iteration)], default=str)
+    directory = experiment.workdir / 'samples' / split / f'{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}'
+    directory.mkdir(parents=True, exist_ok=True)
+    width = units.prompt_width(prompts)
+    rows: list[Row] = []
+    total = len(which) * samples * len(policies)
+    with progress.bar(f'evaluate {name.replace("_", " ")} on {split}', total=total, unit='answers') as bar:
+        for number, first in enumerate(range(0, len(which), block_examples)):
+            path = directory / f'block_{number:05d}.jsonl'
+            chosen = which[first:first + block_examples]
+            if path.exists():
+                done = [json.loads(line) for line in path.read_text().splitlines()]
+            else:
+                done = []
+                for batch in units.batches(prompts, chosen, samples, len(policies), batch_rows, width):
+                    done += _answer(experiment, prompts, policies, value_params, split, batch)
+                done.sort(key=lambda row: (row['policy'], row['id'], row['sample']))
+                replace_text(path, ''.join(json.dumps(row) + '\n' for row in done))
+            rows += done
+            bar.update(len(done))
+    return rows
+
+
+def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluated], value_params: Params, split: str,
+            batch: units.UnitBatch) -> list[Row]:
+    """Returns the graded rows of one batch."""
+    began = time.perf_counter()
+    config = experiment.config
+    policy = experiment.policy(
+        eta=np.array([p.eta for p in policies])[batch.policies],
+        temperature=np.array([p.temperature for p in policies])[batch.policies])
+    how = experiment.guidance(policies[0].method) if policies[0].guided else decoding.Guidance()
+    state = write_answers(experiment, how, value_params, policy, batch, seed=config.seed)
+    tokens, count, ended, kl, values = sharding.to_host(
+        (state.tokens, state.count, state.ended, state.kl, state.values))
+    answers = [tokens[i, :count[i]] for i in range(batch.real)]
+    texts = [experiment.answer_text(answer) for answer in answers]
+    rewards = grade(experiment, prompts, batch.index[:batch.real], texts)
+    seconds = (time.perf_counter() - began) / batch.real
+    rows = []
+    for i, answer in enumerate(answers):
+        evaluated = policies[batch.policies[i]]
+        value = values[i, :count[i]]
+        rows.append({
+            'policy': int(batch.policies[i]), **evaluated.key, 'split': split,
+            'id': int(prompts.ids[batch.index[i]]), 'sample': int(batch.units.samples[i]),
+            'prompt': prompts.texts[batch.index[i]], 'text': texts[i], 'tokens': [int(t) for t in answer],
+            'answer_tokens': experiment.tokenizer.pieces(answer),
+            'values': [None if math.isnan(v) else float(v) for v in value],
+            'reward': None if math.isnan(rewards[i]) else float(rewards[i]),
+            'kl': float(kl[i]), 'truncated': not bool(ended[i]), 'seconds': seconds,
+        })
+    return rows
+
+
+def write_answers(experiment: Experiment, how: decoding.Guidance, value_params: Params, policy: Policy,
+                  batch: units.UnitBatch, seed: int) -> decoding.DecodeState:
+    """Returns the finished state of one whole answer per unit, decoded on the experiment's mesh."""
+    drawn = experiment.place_units(batch.units)
+    keys = decoding.unit_keys(seed, 0, 'evaluate', drawn.examples, drawn.samples)
+    length = experiment.config.sampling.max_new_tokens
+    limit = jnp.where(drawn.real, length, 0).astype(jnp.int32)
+    state = decoding.start(
+        experiment.reference, how.value, experiment.reference_params, value_params, drawn.prompts, drawn.lengths,
+        drawn.rows, keys, limit, length)
+    return decoding.decode(experiment.reference, how, experiment.reference_params, value_params, policy, state,
+                           experiment.eos_ids)
+
+
+def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float) -> Row:
+    """Returns the results of one policy on one split.
+
+    Args:
+      rows: its samples, the same number for each example; an abstained one (`reward` None) counts as `v_min`.
+      k: of pass@k and maj@k, at most the number of samples.
+      v_min: least reward.
+      v_max: greatest reward; an answer is right if it earns it.
+
+    Returns:
+      the keys of a row of results.jsonl that are measured. `kl` is Σ over an answer's tokens of the full-vocabulary
+      KL(policy ‖ reference at the same temperature), mean over answers, in nats; `kl_per_token` divides the total by
+      the number of tokens. Standard errors are clustered by example.
+    """
+    table = by_example(rows, v_min)
+    rewards, kl = table['reward'], table['kl']
+    k = min(k, rewards.shape[1])
+    majority = estimators.majority(table['text'], rewards)
+    mean, error = estimators.mean_and_se(rewards)
+    kl_mean, kl_error = estimators.mean_and_se(kl)
+    vote, vote_error = estimators.mean_and_se(majority[:, None])
+    return {
+        'pass@1': mean, 'pass@1_se': error, 'pass@k': estimators.pass_at_k(rewards >= v_max, k), 'maj@k': vote,
+        'maj@k_se': vote_error, 'k': k, 'kl': kl_mean, 'kl_se': kl_error,
+        'kl_per_token': float(kl.sum() / sum(len(row['tokens']) for row in rows)),
+        'truncated': float(np.mean([row['truncated'] for row in rows])),
+        'abstained': float(np.mean([row['reward'] is None for row in rows])),
+        'tokens_per_answer': float(np.mean([len(row['tokens']) for row in rows])),
+        'n_examples': int(rewards.shape[0]), 'n_samples': int(rewards.shape[1]),
+        'seconds': float(sum(row['seconds'] for row in rows)),
+    }
+
+
+def by_example(rows: Sequence[Row], v_min: float) -> dict[str, Any]:
+    """Returns {'id': [N], 'reward': [N, M], 'kl': [N, M], 'text': N lists of M} of one policy's rows, in order of id."""
+    grouped: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row['id'], row['sample'])):
+        grouped.setdefault(row['id'], []).append(row)
+    members = list(grouped.values())
+    return {
+        'id': list(grouped),
+        'reward': np.array([[v_min if row['reward'] is None else row['reward'] for row in group] for group in members]),
+        'kl': np.array([[row['kl'] for row in group] for group in members]),
+        'text': [[row['text'].strip() for row in group] for group in members],
+    }
+
+
+def compare(rows: Sequence[Row], baseline: Sequence[Row], v_min: float) -> tuple[float, float]:
+    """Returns mean reward of `rows` minus that of `baseline` on the same examples, and its paired standard error."""
+    first, second = by_example(rows, v_min), by_example(baseline, v_min)
+    if first['id'] != second['id']:
+        raise ValueError('a paired comparison needs both policies on the same examples.')
+    return estimators.paired_difference(first['reward'], second['reward'])
+

@@ -1,0 +1,206 @@
+"""Everything a run is made of, built from its config: devices, networks, tokenizer, prompts, reward."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from qsharp_jax import categorical, checkpoint, decoding, references, rewards, sharding
+from qsharp_jax.categorical import ReturnDistribution
+from qsharp_jax.data import prompts as prompts_lib
+from qsharp_jax.data.prompts import Prompts
+from qsharp_jax.models import networks, transformer
+from qsharp_jax.models import value as value_lib
+from qsharp_jax.rollout import RolloutConfig, Units
+from qsharp_jax.types import Params, Policy, Reference, Value
+
+_CANARIES = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """One run's parts. Built by `build`; nothing in it changes.
+
+    Attributes:
+      config: the locked configuration.
+      workdir: where everything the run makes is kept.
+      mesh: the devices.
+      tokenizer: text to ids and back.
+      reference_config: shape of the reference.
+      reference_params: its parameters, on the mesh.
+      reference_digest: hash of its weights.
+      reference: π_ref.
+      value_config: how the value network is cut from the reference.
+      value_shape: shape of the trunk it is cut from.
+      value: the value network.
+      distribution: how its scores are read.
+      reward: what an answer earns.
+      eos_ids: every token that ends an answer.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    mesh: Mesh
+    tokenizer: Any
+    reference_config: transformer.TransformerConfig
+    reference_params: Params
+    reference_digest: str
+    reference: Reference
+    value_config: value_lib.ValueConfig
+    value_shape: transformer.TransformerConfig
+    value: Value
+    distribution: ReturnDistribution
+    reward: rewards.Reward
+    eos_ids: tuple[int, ...]
+
+    @functools.cached_property
+    def rollout(self) -> RolloutConfig:
+        """How units are drawn."""
+        collect = self.config.collect
+        return RolloutConfig(self.config.sampling.max_new_tokens, cut=collect.cut, budget=collect.budget)
+
+    def guidance(self, offset: str) -> decoding.Guidance:
+        """Returns the guidance by the value network with this offset."""
+        guidance = self.config.guidance
+        return decoding.Guidance(
+            value=self.value, distribution=self.distribution, candidates=guidance.candidates,
+            outside=guidance.outside, order=guidance.order, offset=offset)
+
+    def policy(self, eta: np.ndarray, temperature: np.ndarray) -> Policy:
+        """Returns the policy of each row on the mesh, with the sampler's top-k and top-p.  # [B], [B]"""
+        rows = len(eta)
+        return sharding.shard_batch(self.mesh, Policy(
+            eta=np.asarray(eta, np.float32), temperature=np.asarray(temperature, np.float32),
+            top_k=np.full(rows, self.config.sampling.top_k, np.int32),
+            top_p=np.full(rows, self.config.sampling.top_p, np.float32)))
+
+    def place_units(self, units: Units) -> Units:
+        """Returns the units on the mesh: rows split over its batch axes, the distinct prompts on every device."""
+        shared = sharding.replicate(self.mesh, (units.prompts, units.lengths))
+        rows = sharding.shard_batch(self.mesh, (units.rows, units.examples, units.samples, units.real))
+        return Units(*shared, *rows)
+
+    def answer_text(self, tokens: Sequence[int]) -> str:
+        """Returns the text of an answer without the token that ended it."""
+        ids = [int(token) for token in tokens]
+        if ids and ids[-1] in self.eos_ids:
+            ids = ids[:-1]
+        return self.tokenizer.decode(ids)
+
+    @functools.cache  # noqa: B019  one experiment lives as long as its process
+    def prompts(self, split: str) -> Prompts:
+        """Returns the prompts of a split."""
+        return prompts_lib.load(self.config.task, split, self.tokenizer)
+
+    @functools.cached_property
+    def value_axes(self) -> Any:
+        """Logical axes of the value network's parameters."""
+        return value_lib.logical_axes(self.value_config, self.reference_config)
+
+    def init_value_params(self) -> Params:
+        """Returns the value network before any fit, on the mesh. The same in every iteration."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 0x7a1)
+
+        def init(reference_params: Params) -> Params:
+            return value_lib.init_value_params(key, self.value_config, reference_params, self.reference_config)
+
+        return sharding.born_sharded(init, self.mesh, self.value_axes)(self.reference_params)
+
+    @property
+    def dataset_dir(self) -> Path:
+        """Where D is."""
+        return self.workdir / 'dataset'
+
+    def value_dir(self, iteration: int) -> Path:
+        """Where the finished value network of an iteration is."""
+        return self.workdir / 'checkpoints' / f'value_{iteration}'
+
+    def value_digest(self, iteration: int) -> str:
+        """Returns a name for the value network of an iteration that changes when it does; '' for iteration 0."""
+        if iteration == 0:
+            return ''
+        text = (self.value_dir(iteration) / checkpoint.VALUE_FILE).read_bytes()
+        return hashlib.sha256(text).hexdigest()[:16]
+
+    def value_meta(self) -> dict[str, Any]:
+        """Returns what a value network is only valid with (see `checkpoint.check_value_meta`)."""
+        return {
+            'reference': self.reference_digest, 'tokenizer': self.tokenizer.fingerprint,
+            'support': list(self.distribution.atoms), 'sampler': self.config.sampling.to_dict(),
+            'budget': self.config.collect.budget, 'reward': self.reward.digest,
+        }
+
+
+def build(config: ml_collections.ConfigDict, workdir: Path) -> Experiment:
+    """Returns the experiment that a checked config describes, with its reference loaded or pre-trained.
+
+    Raises:
+      ValueError: a package, file, or device is missing, or keys do not fit each other; in words.
+    """
+    mesh = sharding.make_mesh(**config.mesh)
+    loaded = references.load(config, workdir, mesh)
+    shape = loaded.config
+    eos_ids = prompts_lib.eos_ids(config.task, loaded.tokenizer)
+    value = config.value
+    distribution = categorical.make(value.head, value.v_min, value.v_max, value.num_atoms, value.projection,
+                                    value.sigma)
+    value_config = value_config_of(config, distribution)
+    if config.guidance.candidates > shape.vocab_size:
+        raise ValueError(f'guidance.candidates is {config.guidance.candidates}, but the vocabulary has '
+                         f'{shape.vocab_size} tokens: lower it.')
+    value_shape = dataclasses.replace(shape, dtype=jnp.dtype(value.dtype), remat=value.remat)
+    value_network = networks.value(value_shape, value_config)
+    if config.guidance.outside == 'soft_bellman' and not value_network.scores_root:
+        raise ValueError("guidance.outside 'soft_bellman' reads the value of the last token, which value.type 'q' does "
+                         "not score: use value.type 'v' or another rule.")
+    parts = Experiment(
+        config=config, workdir=workdir, mesh=mesh, tokenizer=loaded.tokenizer, reference_config=shape,
+        reference_params=loaded.params, reference_digest=loaded.digest, reference=networks.reference(shape),
+        value_config=value_config, value_shape=value_shape, value=value_network, distribution=distribution,
+        reward=rewards.load(config.reward), eos_ids=eos_ids)
+    _grade_canaries(parts)
+    return parts
+
+
+def value_config_of(config: ml_collections.ConfigDict, distribution: ReturnDistribution) -> value_lib.ValueConfig:
+    """Returns how the value network is cut from the reference."""
+    value = config.value
+    return value_lib.ValueConfig(
+        num_scores=distribution.num_scores, kind=value.type, init=value.init, layers=value.layers or None,
+        extra_layers=value.extra_layers, head_init=value.head_init)
+
+
+def _grade_canaries(parts: Experiment) -> None:
+    """Grades a right and a wrong answer to a few training questions, before anything costly."""
+    prompts = parts.prompts('train')
+    if 'answer' in prompts.columns:
+        few = slice(0, _CANARIES)
+        rewards.check_canaries(
+            parts.reward, prompts.texts[few], prompts.columns['answer'][few],
+            {name: column[few] for name, column in prompts.columns.items()}, **parts.config.reward_options)
+
+
+def grade(experiment: Experiment, prompts: Prompts, index: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Returns the reward of each answer, NaN where the reward abstained; refused outside the support.  # [n] float64
+
+    Args:
+      experiment: the run.
+      prompts: of the split that the answers belong to.
+      index: row number in `prompts` of each answer's question.  # [n]
+      texts: the answers.
+    """
+    result = rewards.score(
+        experiment.reward, [prompts.texts[i] for i in index], list(texts),
+        {name: [column[i] for i in index] for name, column in prompts.columns.items()},
+        **experiment.config.reward_options)
+    experiment.distribution.check_rewards(result)
+    return result

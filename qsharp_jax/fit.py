@@ -1,0 +1,178 @@
+"""The fit of one iteration: maximum likelihood of the returns in D, from the base network, with checkpoints."""
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+
+from qsharp_jax import calibration, checkpoint, collect, learner, progress, sharding
+from qsharp_jax.data.dataset import AggregatedDataset
+from qsharp_jax.data.packing import FitBatch, FitBatches, attention_mask, split_examples
+from qsharp_jax.experiment import Experiment
+from qsharp_jax.metrics import Writer, replace_text
+from qsharp_jax.models import networks
+from qsharp_jax.types import Array, Params
+
+
+def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> Params:
+    """Returns the value network of an iteration: read back if it is finished, else fitted, on from a checkpoint.
+
+    Args:
+      experiment: the run.
+      iteration: from 1; all of D up to it is used.
+      previous: the network of the iteration before, where `fit.init` is 'previous'; else unused.
+    """
+    config = experiment.config
+    start = experiment.init_value_params()
+    directory = experiment.value_dir(iteration)
+    if (directory / checkpoint.VALUE_FILE).exists():
+        params, meta = checkpoint.restore_params(directory, start)
+        checkpoint.check_value_meta(meta, experiment.value_meta())
+        return params
+    if config.fit.init == 'previous' and previous is not None:
+        start = previous
+    train, heldout = batches(experiment, iteration)
+    steps = max(1, math.ceil(config.fit.epochs * train.steps_per_epoch))
+    optimizer = optimizer_config(config.fit, steps)
+    state = learner.init(start, optimizer)
+    update = learner.make_update(scores_fn(experiment), experiment.distribution, optimizer, state,
+                                 config.fit.accumulate)
+    etas = tuple(sorted({float(config.eta), *(float(eta) for eta in config.eval.etas)}))
+    predict = learner.make_predict(scores_fn(experiment), experiment.distribution, etas)
+    saved = checkpoint.Checkpoints(experiment.workdir / 'checkpoints' / f'fit_{iteration}', config.checkpoint.keep)
+    digest = train.digest
+    found = saved.restore_latest(state)
+    if found is not None:
+        state, meta = found
+        if meta['dataset'] != digest:
+            raise ValueError(
+                f'the checkpoint of fit {iteration} was made on other data than {experiment.dataset_dir} holds now. '
+                f'Delete {experiment.workdir / "checkpoints" / f"fit_{iteration}"} to fit again.')
+    first = int(state.step)
+    stage = f'fit_{iteration}'
+    writer = Writer(experiment.workdir)
+    writer.resume(stage, first)
+    with progress.bar(f'fit {iteration}/{config.iterations}', total=steps, unit='steps', initial=first) as bar:
+        for step in range(first, steps):
+            state, metrics = update(state, sharding.shard_batch(experiment.mesh, train.batch(step)))
+            done = step + 1
+            last = done == steps
+            if last or done % config.logging.every_steps == 0:
+                row = {name: float(value) for name, value in metrics.items()}
+                if not math.isfinite(row['loss']):
+                    raise ValueError(f'the loss of fit {iteration} is {row["loss"]} at step {done}: lower '
+                                     'fit.learning_rate or fit.clip_norm. The last checkpoint is kept.')
+                writer.write(stage, done, {**row, 'epoch': done / train.steps_per_epoch}, iteration=iteration)
+                bar.update(done - bar.count, loss=row['loss'])
+            if heldout and (last or done % config.logging.heldout_every_steps == 0):
+                quality = learner.evaluate_loss(predict, state.params, heldout, experiment.distribution)
+                writer.write(stage, done, {'heldout_loss': quality.loss, 'heldout_accuracy': quality.accuracy,
+                                           'heldout_brier': quality.brier,
+                                           'heldout_ece': calibration.ece(_reliability(experiment, quality))},
+                             iteration=iteration)
+                if last:
+                    write_calibration(experiment, iteration, quality, etas)
+            if not last and done % config.fit.checkpoint_every_steps == 0:
+                saved.save(done, state, {'dataset': digest})
+    checkpoint.save_params(directory, state.params, {**experiment.value_meta(), 'iteration': iteration,
+                                                     'dataset': digest, 'steps': steps})
+    saved.close()
+    return state.params
+
+
+def scores_fn(experiment: Experiment) -> learner.ScoresFn:
+    """Returns the value network over packed rows, as the learner wants it."""
+
+    def scores(params: Params, batch: FitBatch) -> Array:
+        return networks.value_scores(
+            experiment.value_shape, experiment.value_config, params, batch.tokens, batch.positions,
+            attention_mask(batch.segments, batch.positions), batch.parents)
+
+    return scores
+
+
+def optimizer_config(fit: Any, steps: int) -> learner.OptimizerConfig:
+    """Returns the optimizer of the config's section `fit` for a fit of `steps` steps."""
+    return learner.OptimizerConfig(
+        learning_rate=fit.learning_rate, weight_decay=fit.weight_decay, clip_norm=fit.clip_norm or math.inf,
+        schedule=fit.schedule, warmup_steps=fit.warmup_steps, total_steps=steps,
+        head_lr_multiplier=fit.head_lr_multiplier, frozen_layers=fit.frozen_layers, optimizer=fit.optimizer)
+
+
+def batches(experiment: Experiment, iteration: int) -> tuple[FitBatches, list[FitBatch]]:
+    """Returns the training batches and, on the devices, those of the held-out examples (none if none are held out).
+
+    Held-out examples are whole prompts, the same in every iteration as far as D holds them. They keep their prompts
+    without variation, which training may drop: calibration is judged on all.
+    """
+    config = experiment.config
+    collect.label_missing(experiment, iteration)
+    dataset = AggregatedDataset(experiment.dataset_dir, experiment.reward.digest, iteration)
+    train, heldout = split_examples(dataset.examples, config.fit.heldout_fraction, config.seed)
+    if config.collect.drop_no_variation:
+        train = np.intersect1d(train, dataset.varied_examples())
+        if not len(train):
+            raise ValueError('every prompt earned the same reward with all of its answers, and '
+                             'collect.drop_no_variation left none to learn from. Raise collect.samples, choose prompts '
+                             'that the reference gets partly right, or set the key to False.')
+    parts = sharding.batch_shards(experiment.mesh) * config.fit.accumulate
+
+    def packed(examples: np.ndarray) -> FitBatches:
+        return FitBatches(dataset, config.fit.batch_size, config.fit.samples_per_row, config.seed + iteration,
+                          examples=examples, tokens=config.fit.tokens, rows_divisible_by=parts)
+
+    if not len(heldout):
+        return packed(train), []
+    held = packed(heldout)
+    return packed(train), [sharding.shard_batch(experiment.mesh, held.batch(step))
+                           for step in range(held.steps_per_epoch)]
+
+
+def write_calibration(experiment: Experiment, iteration: int, quality: learner.FitEvaluation,
+                      etas: tuple[float, ...]) -> None:
+    """Writes what the held-out predictions of a finished fit are worth to calibration/iteration_<k>.json."""
+    predictions, support = quality.predictions, experiment.distribution
+    low, high = support.v_min, support.v_max
+    bins = _reliability(experiment, quality)
+    positions = calibration.by_position(
+        predictions.mean, predictions.reward, predictions.weight, predictions.position,
+        list(range(int(predictions.position.max()) + 2)), low, high)
+    content = {
+        'loss': quality.loss, 'accuracy': quality.accuracy, 'brier': quality.brier, 'ece': calibration.ece(bins),
+        'auc': calibration.auc(predictions.mean, predictions.reward > (low + high) / 2, predictions.weight),
+        'samples': quality.num_samples,
+        'bins': [
+            {'low': float(lower), 'high': float(upper), 'mean_prediction': float(predicted),
+             'mean_outcome': float(observed), 'standard_error': float(error), 'weight': float(weight)}
+            for lower, upper, predicted, observed, error, weight in zip(
+                bins.lower, bins.upper, bins.predicted, bins.observed, bins.standard_error, bins.weight)],
+        'by_position': [{'position': row.first, 'loss': _loss_at(predictions, row.first), 'count': row.count,
+                         'predicted': row.predicted, 'observed': row.observed, 'brier': row.brier, 'ece': row.ece,
+                         'auc': row.auc} for row in positions],
+        'weights': [
+            {'eta': eta, **{name: {'value': mean.value, 'standard_error': mean.standard_error}
+                            for name, mean in (('predicted', found.predicted), ('observed', found.observed),
+                                               ('difference', found.difference))}}
+            for column, eta in enumerate(etas)
+            for found in [calibration.weight_calibration(
+                predictions.log_weight[:, column], predictions.reward, predictions.weight, predictions.row, eta, high)]
+        ],
+    }
+    path = experiment.workdir / 'calibration' / f'iteration_{iteration}.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # NaN, where there is nothing to estimate an error from, is no JSON.
+    text = json.dumps(content, indent=1).replace('NaN', 'null')
+    replace_text(path, text + '\n')
+
+
+def _reliability(experiment: Experiment, quality: learner.FitEvaluation) -> calibration.Reliability:
+    predictions, support = quality.predictions, experiment.distribution
+    return calibration.reliability(
+        predictions.mean, predictions.reward, predictions.weight, predictions.row, support.v_min, support.v_max)
+
+
+def _loss_at(predictions: learner.Predictions, position: int) -> float:
+    at = predictions.position == position
+    return float(np.average(predictions.loss[at], weights=predictions.weight[at]))

@@ -1,0 +1,59 @@
+"""Text in, guided text out, from a finished run."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+import math
+from pathlib import Path
+
+import numpy as np
+
+from qsharp_jax import decoding, evaluate, sharding, train, units
+from qsharp_jax.data import prompts as prompts_lib
+from qsharp_jax.data.prompts import Prompts
+
+
+def run(workdir: Path, questions: Sequence[str], eta: float | None = None, iteration: int = 0, samples: int = 1,
+        seed: int = 0, raw: bool = False) -> list[list[str]]:
+    """Prints, and returns, answers of the guided policy to each question.
+
+    Args:
+      workdir: of the run.
+      questions: one text each.
+      eta: KL coefficient, `inf` for the reference alone; None for the run's own.
+      iteration: whose value network; 0 for the last finished one.
+      samples: answers a question.
+      seed: of the draws.
+      raw: whether questions are whole prompts, without the task's prefix, template and chat.
+
+    Raises:
+      ValueError: there is no such run or network, or a question cannot be asked.
+    """
+    if not questions:
+        raise ValueError('there is no prompt: give --prompt, or one prompt a line on standard input.')
+    if samples < 1:
+        raise ValueError(f'--samples is {samples}; it must be at least 1.')
+    parts, _, values = train.open_run(Path(workdir), iteration)
+    config = parts.config
+    eta = float(config.eta) if eta is None else eta
+    if not eta > 0:
+        raise ValueError(f'--eta is {eta:g}; it must be above 0 (inf is the reference itself).')
+    task = config.task
+    records = [{'id': number, 'question': question} for number, question in enumerate(questions)]
+    prompts = prompts_lib.from_records(
+        records, parts.tokenizer, template='{question}' if raw else task.template, prefix='' if raw else task.prefix,
+        chat=task.chat and not raw, max_prompt_tokens=task.max_prompt_tokens)
+    how = parts.guidance(config.guidance.offset) if math.isfinite(eta) else decoding.Guidance()
+    # Nothing is compared here, so the batch is as small as the devices allow.
+    rows = sharding.pad_rows(len(prompts) * samples, parts.mesh)
+    batch, = units.batches(prompts, range(len(prompts)), samples, 1, rows, units.prompt_width(prompts))
+    policy = parts.policy(np.full(rows, eta), np.full(rows, config.sampling.temperature))
+    state = evaluate.write_answers(parts, how, values, policy, batch, seed)
+    tokens, count = sharding.to_host((state.tokens, state.count))
+    answers: list[list[str]] = [[] for _ in questions]
+    for row in range(batch.real):
+        text = parts.answer_text(tokens[row, :count[row]])
+        answers[int(prompts.ids[batch.index[row]])].append(text)
+    for question, texts in zip(questions, answers, strict=True):
+        for text in texts:
+            print(f'{question} {text}' if not raw else f'{question}{text}')
+    return answers

@@ -1,0 +1,391 @@
+"""The fit of the value network: its optimizer, its state, and one jitted update.
+
+The loss is the paper's (Q#, arXiv 2502.20548, section 2.2): the negative log-likelihood of the observed
+return, averaged over each sample's tokens and then over samples. How samples are packed into rows, split into
+micro-batches or laid over devices changes nothing but rounding.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import re
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qsharp_jax import sharding
+from qsharp_jax.categorical import ReturnDistribution
+from qsharp_jax.data.packing import FitBatch
+from qsharp_jax.types import Array, Params
+
+ScoresFn = Callable[[Params, FitBatch], Array]  # scores of each token as chosen  # [B, T, K]
+Metrics = dict[str, Array]
+
+SCHEDULES = ('constant', 'cosine')
+OPTIMIZERS = ('adamw', 'muon')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters are trained.
+
+    Attributes:
+      learning_rate: the highest of the schedule.
+      weight_decay: decoupled, times the learning rate; biases and scales of norms are spared.
+      b1: decay of Adam's first moment.
+      b2: decay of Adam's second moment.
+      clip_norm: gradients are scaled down to this global norm; `inf` never.
+      schedule: 'constant', or 'cosine' down to 0 at `total_steps`; either starts with a linear warm-up.
+      warmup_steps: updates until the learning rate is reached.
+      total_steps: updates of the whole fit; only 'cosine' needs it.
+      head_lr_multiplier: the learning rate of the freshly drawn head over that of the trunk.
+      frozen_layers: number of first layers of the trunk that are not trained; with any, its embeddings are
+        not either.
+      optimizer: 'adamw', or 'muon' for the matrices of the trunk's layers, its updates scaled to the size of
+        Adam's, with AdamW for everything else.
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float = 5.0
+    schedule: str = 'constant'
+    warmup_steps: int = 0
+    total_steps: int = 0
+    head_lr_multiplier: float = 1.0
+    frozen_layers: int = 0
+    optimizer: str = 'adamw'
+
+    def __post_init__(self) -> None:
+        for name in ('learning_rate', 'clip_norm', 'head_lr_multiplier'):
+            if not getattr(self, name) > 0:
+                raise ValueError(f'{name} is {getattr(self, name)}: it must be above 0.')
+        for name in ('weight_decay', 'warmup_steps', 'total_steps', 'frozen_layers'):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f'{name} is {getattr(self, name)}: it must be 0 or more.')
+        for name in ('b1', 'b2'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 0 and below 1.')
+        for name, allowed in (('schedule', SCHEDULES), ('optimizer', OPTIMIZERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name} is {getattr(self, name)!r}; allowed: {", ".join(allowed)}.')
+        if self.schedule == 'cosine' and self.total_steps <= self.warmup_steps:
+            raise ValueError(
+                f'the schedule cosine needs total_steps above warmup_steps; they are {self.total_steps} and '
+                f'{self.warmup_steps}.')
+
+
+@struct.dataclass
+class LearnerState:
+    """What an update reads and writes.
+
+    Attributes:
+      step: number of updates made.  # [] int32
+      params: of the whole network, frozen ones included.
+      opt_state: of the optimizer, for the trained parameters only.
+    """
+
+    step: Array
+    params: Params
+    opt_state: Any
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Returns the learning rate of the trunk as a function of the number of updates made before."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    after = optax.constant_schedule(peak)
+    if config.schedule == 'cosine':
+        after = optax.cosine_decay_schedule(peak, config.total_steps - warmup)
+    # (step + 1) / warmup: an update at rate 0 would be wasted.
+    return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns the optimizer; it tells layers, head, biases and norms by the names in parameters' paths."""
+    rate = learning_rate(config)
+    if config.optimizer == 'muon':
+        direction = optax.contrib.muon(
+            rate, weight_decay=config.weight_decay, weight_decay_mask=_decayed, adam_b1=config.b1,
+            adam_b2=config.b2, adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_matrices, consistent_rms=0.2)
+    else:
+        direction = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_decayed)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        direction,
+        optax.masked(optax.scale(config.head_lr_multiplier), _heads),
+    )
+
+
+def init(params: Params, config: OptimizerConfig) -> LearnerState:
+    """Returns the state before the first update; its arrays live where `params` do.
+
+    `params` are copied, since updates consume the state's arrays, and a trunk shares its own with the network
+    that it was cut from. Raises ValueError when more layers are to be frozen than there are.
+    """
+    optimizer = make_optimizer(config)
+
+    def make(params: Params) -> LearnerState:
+        trained, _ = _split(params, config)
+        return LearnerState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(trained))
+
+    shardings = sharding.beside_params(params, jax.eval_shape(make, params))
+    return jax.jit(make, out_shardings=shardings)(params)
+
+
+def make_update(
+    scores_fn: ScoresFn,
+    distribution: ReturnDistribution,
+    config: OptimizerConfig,
+    state: LearnerState,
+    accumulate: int = 1,
+) -> Callable[[LearnerState, FitBatch], tuple[LearnerState, Metrics]]:
+    """Returns one jitted update, (state, batch) -> (state, metrics), which consumes the state it is given.
+
+    Args:
+      scores_fn: (params, batch) -> the value network's scores of each token as chosen [B, T, K].
+      distribution: gives those scores their meaning.
+      config: as in `init`.
+      state: from `init`, or anything with its shapes; read for where its arrays live, which updates keep.
+      accumulate: number of micro-batches that a batch's rows are worked through in, to save memory.
+
+    The update compiles once per shape of the batch. Metrics are scalars of the whole batch: `loss` (see
+    `FitBatch.weights`), `accuracy` (share of tokens, weighted as in the loss, whose predicted mean is on the
+    side of its reward; NaN when the rewards are not binary), `grad_norm` before clipping, `update_norm`,
+    `learning_rate`. Raises ValueError on first use when `accumulate` does not divide the rows.
+    """
+    optimizer, rate = make_optimizer(config), learning_rate(config)
+    if accumulate < 1:
+        raise ValueError(f'accumulate is {accumulate}: it must be at least 1.')
+
+    def update(state: LearnerState, batch: FitBatch) -> tuple[LearnerState, Metrics]:
+        trained, frozen = _split(state.params, config)
+        # One divisor for every micro-batch, so that each sample counts the same in whichever it lands.
+        num_samples = _num_samples(batch)
+
+        def loss_fn(trained: Params, part: FitBatch) -> tuple[Array, tuple[Array, Array]]:
+            scores = scores_fn(_merge(trained, frozen), part)
+            loss = jnp.sum(part.weights * distribution.loss(scores, part.rewards)) / num_samples
+            right = jnp.sum(part.weights * _right(distribution, scores, part)) / num_samples
+            return loss, (loss, right)
+
+        grad_fn = jax.grad(loss_fn, has_aux=True)
+        if accumulate == 1:
+            grads, sums = grad_fn(trained, batch)
+        else:
+            def add(total: Any, part: FitBatch) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, grad_fn(trained, part)), None
+
+            zero = jnp.zeros((), jnp.float32)
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
+            (grads, sums), _ = jax.lax.scan(add, (zeros, (zero, zero)), _micro_batches(batch, accumulate))
+        loss, accuracy = sums
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = _merge(optax.apply_updates(trained, updates), frozen)
+        metrics = {
+            'loss': loss,
+            'accuracy': accuracy,
+            'grad_norm': optax.global_norm(grads),
+            'update_norm': optax.global_norm(updates),
+            'learning_rate': jnp.asarray(rate(state.step), jnp.float32),
+        }
+        return LearnerState(state.step + 1, params, opt_state), metrics
+
+    # Left to itself the compiler may lay the new state out otherwise: the next update would compile again.
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a value network said about N tokens with a loss, on the host.
+
+    Attributes:
+      mean: predicted mean of the return.  # [N]
+      log_weight: log E exp(Z/eta), one column per eta asked for.  # [N, E]
+      reward: the return that was observed.  # [N]
+      position: of the token in its answer, from 0.  # [N]
+      loss: as in the fit.  # [N]
+      weight: its share in its sample's loss; they sum to 1 over a sample.  # [N]
+      row: number of the row it stood in, counted over all batches. A row has samples of one example.  # [N]
+    """
+
+    mean: np.ndarray
+    log_weight: np.ndarray
+    reward: np.ndarray
+    position: np.ndarray
+    loss: np.ndarray
+    weight: np.ndarray
+    row: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class FitEvaluation:
+    """Quality of a value network on held-out samples.
+
+    Attributes:
+      loss: as in the fit.
+      accuracy: as in the fit; NaN when the rewards are not binary.
+      brier: squared error of the predicted mean, with returns scaled to 0 .. 1, weighted as the loss.
+      num_samples: how many samples these are means over.
+      predictions: what `calibration` works on.
+    """
+
+    loss: float
+    accuracy: float
+    brier: float
+    num_samples: float
+    predictions: Predictions
+
+
+def make_predict(
+    scores_fn: ScoresFn, distribution: ReturnDistribution, etas: Sequence[float] = ()
+) -> Callable[[Params, FitBatch], Metrics]:
+    """Returns a jitted (params, batch) -> {name: value per token}, for `evaluate_loss`.
+
+    Args:
+      scores_fn: as in `make_update`.
+      distribution: gives those scores their meaning.
+      etas: E values of eta whose guiding weights are wanted.
+
+    The names: `loss`, `right`, `mean` [B, T] and `log_weight` [B, T, E].
+    """
+    def predict(params: Params, batch: FitBatch) -> Metrics:
+        scores = scores_fn(params, batch)
+        weights = [distribution.log_weight(scores, jnp.full(scores.shape[:-1], eta)) for eta in etas]
+        return {
+            'loss': distribution.loss(scores, batch.rewards),
+            'right': _right(distribution, scores, batch),
+            'mean': distribution.mean(scores),
+            'log_weight': jnp.stack(weights, -1) if weights else jnp.zeros((*scores.shape[:-1], 0)),
+        }
+
+    return jax.jit(predict)
+
+
+def evaluate_loss(
+    predict: Callable[[Params, FitBatch], Metrics],
+    params: Params,
+    batches: Iterable[FitBatch],
+    distribution: ReturnDistribution,
+) -> FitEvaluation:
+    """Returns loss, accuracy, Brier score and the predictions themselves, over held-out batches.
+
+    Args:
+      predict: from `make_predict`.
+      params: of the value network.
+      batches: as in the fit.
+      distribution: as in `make_predict`.
+
+    Raises ValueError when no batch holds a token with a loss.
+    """
+    kept: list[dict[str, np.ndarray]] = []
+    rows = 0
+    for batch in batches:
+        out = sharding.to_host(predict(params, batch))
+        out |= sharding.to_host(
+            {'reward': batch.rewards, 'position': batch.positions, 'weight': batch.weights})
+        out['row'] = np.broadcast_to(rows + np.arange(len(out['weight']))[:, None], out['weight'].shape)
+        rows += len(out['weight'])
+        kept.append({name: array[out['weight'] > 0] for name, array in out.items()})
+    if not any(len(part['weight']) for part in kept):
+        raise ValueError('there is no held-out sample to judge the value network on: hold out more examples.')
+    all_ = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
+    weight = all_['weight'].astype(np.float64)
+    total = weight.sum()
+    low, high = distribution.atoms[0], distribution.atoms[-1]
+    error = (all_['mean'].astype(np.float64) - all_['reward']) / (high - low)
+    return FitEvaluation(
+        loss=float(np.sum(weight * all_['loss']) / total),
+        accuracy=float(np.sum(weight * all_['right']) / total),
+        brier=float(np.sum(weight * error ** 2) / total),
+        num_samples=float(total),
+        predictions=Predictions(**{name: all_[name] for name in Predictions.__dataclass_fields__}),
+    )
+
+
+def _num_samples(batch: FitBatch) -> Array:
+    # Weights sum to 1 over each sample. A batch of padding alone has loss 0 rather than 0 / 0.
+    total = jnp.sum(batch.weights)
+    return jnp.where(total > 0, total, 1.0)
+
+
+def _right(distribution: ReturnDistribution, scores: Array, batch: FitBatch) -> Array:
+    """Returns whether each predicted mean is on the side of its reward [B, T]; NaN for a reward within."""
+    low, high = distribution.atoms[0], distribution.atoms[-1]
+    middle = (low + high) / 2
+    right = (distribution.mean(scores) > middle) == (batch.rewards > middle)
+    binary = (batch.rewards == low) | (batch.rewards == high) | (batch.weights == 0)
+    return jnp.where(binary, right, jnp.nan)
+
+
+def _micro_batches(batch: FitBatch, accumulate: int) -> FitBatch:
+    rows = batch.tokens.shape[0]
+    if rows % accumulate:
+        raise ValueError(f'a batch of {rows} rows does not split into accumulate={accumulate} micro-batches: '
+                         'give an accumulate that divides it.')
+
+    def split(leaf: Array) -> Array:
+        # Every `accumulate`-th row, so that each micro-batch has rows on every device and none has to move.
+        return leaf.reshape(rows // accumulate, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)
+
+
+def _layer(path: Any) -> int | None:
+    found = [re.fullmatch(r'layers_(\d+)', name) for name in _names(path)]
+    return next((int(match[1]) for match in found if match), None)
+
+
+def _heads(params: Params) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: 'head' in _names(path), params)
+
+
+def _decayed(params: Params) -> Any:
+    def decays(path: Any, leaf: Array) -> bool:
+        return _names(path)[-1] not in ('bias', 'scale') and leaf.ndim > 1
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _matrices(params: Params) -> Any:
+    """Returns Muon's view of each kernel of the trunk's layers as a matrix, None for what AdamW trains."""
+    def view(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if _layer(path) is None or _names(path)[-1] != 'kernel' or leaf.ndim < 2:
+            return None
+        # Attention's output kernel is [heads, head_dim, embed]; every other one has a single input axis.
+        inputs = leaf.ndim - 1 if _names(path)[-2] == 'output' else 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(view, params)
+
+
+def _split(params: Params, config: OptimizerConfig) -> tuple[Params, Params]:
+    """Returns the trained parameters and the frozen ones, each with None in the place of the other's."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    layers = 1 + max((layer for path in paths if (layer := _layer(path)) is not None), default=-1)
+    if config.frozen_layers > layers:
+        raise ValueError(f'frozen_layers is {config.frozen_layers}, but the trunk has {layers} layers.')
+
+    def is_frozen(path: Any) -> bool:
+        layer, names = _layer(path), _names(path)
+        below = layer is not None and layer < config.frozen_layers
+        return below or (config.frozen_layers > 0 and names[-1] in ('embedding', 'position_embedding'))
+
+    pick = jax.tree_util.tree_map_with_path
+    return (pick(lambda path, leaf: None if is_frozen(path) else leaf, params),
+            pick(lambda path, leaf: leaf if is_frozen(path) else None, params))
+
+
+def _merge(trained: Params, frozen: Params) -> Params:
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)

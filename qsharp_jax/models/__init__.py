@@ -1,0 +1,1 @@
+"""Networks: the decoder, the value model on top of it, and pretrained weights."""

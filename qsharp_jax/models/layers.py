@@ -1,0 +1,325 @@
+"""The layers of the decoder and the switches between families.
+
+The layouts are chosen for XLA on CPU, which runs plain matrix products fastest and transposes what is not
+laid out for them; they cost nothing elsewhere.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, cast
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qsharp_jax.types import Array
+
+NORMS = ('rmsnorm', 'layernorm')
+POSITIONS = ('rope', 'learned')
+ACTIVATIONS = ('silu', 'gelu_tanh')
+ROPE_SCALINGS = ('linear', 'llama3')
+HIDDEN = -1e30  # the score of a key that is not seen: finite, so that no row makes NaN
+SIZES = ('vocab_size', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp_width', 'max_positions')
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched to contexts longer than the original one.
+
+    Attributes:
+      kind: 'linear' divides every frequency by `factor`; 'llama3' divides the slow ones, keeps the fast ones
+        and blends between them.
+      factor: the stretch.
+      low_freq_factor: 'llama3' only; waves longer than original_max_positions / low_freq_factor are
+        stretched.
+      high_freq_factor: 'llama3' only; waves shorter than original_max_positions / high_freq_factor are kept.
+      original_max_positions: 'llama3' only; the context length before stretching.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        check_choice('rope_scaling.kind', self.kind, ROPE_SCALINGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a decoder and the switches between families.
+
+    Attributes:
+      vocab_size: V.
+      width: D, of the residual stream.
+      layers: number of blocks.
+      heads: H, query heads.
+      kv_heads: key and value heads; divides `heads`.
+      head_dim: Dh; even under 'rope'.
+      mlp_width: hidden width of the feed-forward network.
+      max_positions: longest sequence; the size of the table under 'learned'.
+      norm: 'rmsnorm' (scale only) or 'layernorm' (centred, scale and bias).
+      norm_eps: added to the mean square.
+      positions: 'rope' (rotate-half) or 'learned' (a table added to the embeddings).
+      rope_base: wavelength base of 'rope'.
+      rope_scaling: stretch of the rotary frequencies, or None.
+      activation: 'silu' or 'gelu_tanh'.
+      gated: whether the feed-forward network multiplies by an activated gate.
+      qkv_bias: biases on query, key and value projections.
+      out_bias: a bias on the attention output projection.
+      mlp_bias: biases in the feed-forward network.
+      tied_embeddings: whether logits reuse the token embeddings.
+      qk_norm: RMSNorm of each query and key head before the rotation.
+      dtype: of the computation; norms, softmax and logits are float32 always.
+      param_dtype: of freshly initialised parameters.
+      remat: recompute each block in the backward pass instead of storing its activations.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    max_positions: int
+    norm: str = 'rmsnorm'
+    norm_eps: float = 1e-5
+    positions: str = 'rope'
+    rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    activation: str = 'silu'
+    gated: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied_embeddings: bool = True
+    qk_norm: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1.')
+        if self.heads % self.kv_heads:
+            raise ValueError(f'heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}).')
+        check_choice('norm', self.norm, NORMS)
+        check_choice('positions', self.positions, POSITIONS)
+        check_choice('activation', self.activation, ACTIVATIONS)
+        if self.positions == 'rope' and self.head_dim % 2:
+            raise ValueError(f'head_dim is {self.head_dim}; rotary positions need an even head_dim.')
+        if self.rope_scaling is not None and self.positions != 'rope':
+            raise ValueError("rope_scaling needs positions='rope'.")
+
+
+def rope_frequencies(config: TransformerConfig) -> np.ndarray:
+    """Returns the rotary frequencies in radians a position. # [Dh / 2]"""
+    half = config.head_dim // 2
+    frequencies = config.rope_base ** -(np.arange(half, dtype=np.float64) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies.astype(np.float32)
+    if scaling.kind == 'linear':
+        return (frequencies / scaling.factor).astype(np.float32)
+    turns = scaling.original_max_positions * frequencies / (2 * np.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return (keep * frequencies + (1 - keep) * frequencies / scaling.factor).astype(np.float32)
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, computed in float32."""
+
+    config: TransformerConfig
+    axis: str | None = 'embed'
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        size, axes, dtype = (x.shape[-1],), (self.axis,), config.param_dtype
+        scale = parameter(self, 'scale', nn.initializers.ones_init(), axes, size, dtype)
+        wide = x.astype(jnp.float32)
+        if config.norm == 'layernorm':
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
+        wide = wide * _rows(scale.astype(jnp.float32), wide)
+        if config.norm == 'layernorm':
+            bias = parameter(self, 'bias', nn.initializers.zeros_init(), axes, size, dtype)
+            wide = wide + _rows(bias.astype(jnp.float32), wide)
+        return wide.astype(config.dtype)
+
+
+class Linear(nn.Module):
+    """A projection of the last `len(inputs)` axes to `outputs`, done as one two-dimensional product."""
+
+    config: TransformerConfig
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str, ...]  # of the kernel: inputs, then outputs
+    use_bias: bool
+    scale: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dtype, param_dtype = self.config.dtype, self.config.param_dtype
+        normal = nn.initializers.normal(self.scale)
+        kernel = parameter(self, 'kernel', normal, self.axes, self.inputs + self.outputs, param_dtype)
+        leading = x.shape[:x.ndim - len(self.inputs)]
+        fan_in = int(np.prod(self.inputs))
+        y = x.astype(dtype).reshape(-1, fan_in) @ kernel.astype(dtype).reshape(fan_in, -1)
+        if self.use_bias:
+            zeros = nn.initializers.zeros_init()
+            bias = parameter(self, 'bias', zeros, self.axes[len(self.inputs):], self.outputs, param_dtype)
+            y = y + bias.astype(dtype).reshape(1, -1)
+        return y.reshape(*leading, *self.outputs)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of new tokens to the cache and to one another.
+
+    Returns the output [B, T, D] and the new keys [B, Hkv, Dh, T] and values [B, Hkv, T, Dh], laid out as the
+    cache.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,  # [B, T, D]
+        rotation: tuple[Array, Array] | None,  # cos and sin, [B, T, 1, Dh / 2]
+        block_mask: Array,  # [B, T, T]
+        cached: tuple[Array, Array] | None,  # [B, Hkv, Dh, S], [B, Hkv, S, Dh]
+        cache_mask: Array | None,  # [B, S]
+    ) -> tuple[Array, Array, Array]:
+        config = self.config
+        width, head_dim = config.width, config.head_dim
+        out_scale = 0.02 / np.sqrt(2 * config.layers)
+
+        def project(name: str, heads: int, axis: str) -> Array:
+            axes = 'embed', axis, 'head_dim'
+            return Linear(config, (width,), (heads, head_dim), axes, config.qkv_bias, name=name)(x)
+
+        query = project('query', config.heads, 'heads')
+        key = project('key', config.kv_heads, 'kv_heads')
+        value = project('value', config.kv_heads, 'kv_heads')
+        if config.qk_norm:
+            query = Norm(config, axis=None, name='query_norm')(query)
+            key = Norm(config, axis=None, name='key_norm')(key)
+        if rotation is not None:
+            query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+        key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+        mixed = attend(query, key, value, block_mask, cached, cache_mask)
+        axes = 'heads', 'head_dim', 'embed'
+        inputs = config.heads, head_dim
+        output = Linear(config, inputs, (width,), axes, config.out_bias, out_scale, name='output')(mixed)
+        return output, key, value
+
+
+class MLP(nn.Module):
+    """The feed-forward network, gated or plain."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        width, inner, bias = (config.width,), (config.mlp_width,), config.mlp_bias
+        activate = nn.silu if config.activation == 'silu' else nn.gelu  # nn.gelu is the tanh form by default
+        hidden = Linear(config, width, inner, ('embed', 'mlp'), bias, name='up')(x)
+        if config.gated:
+            hidden = activate(Linear(config, width, inner, ('embed', 'mlp'), bias, name='gate')(x)) * hidden
+        else:
+            hidden = activate(hidden)
+        scale = 0.02 / np.sqrt(2 * config.layers)
+        return Linear(config, inner, width, ('mlp', 'embed'), bias, scale, name='down')(hidden)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        rotation: tuple[Array, Array] | None,
+        block_mask: Array,
+        cached: tuple[Array, Array] | None,
+        cache_mask: Array | None,
+    ) -> tuple[Array, Array, Array]:
+        config = self.config
+        normed = Norm(config, name='attention_norm')(x)
+        attention = Attention(config, name='attention')
+        mixed, key, value = attention(normed, rotation, block_mask, cached, cache_mask)
+        x = x + mixed
+        x = x + MLP(config, name='mlp')(Norm(config, name='mlp_norm')(x))
+        return x, key, value
+
+
+def attend(
+    query: Array,  # [B, T, H, Dh]
+    key: Array,  # [B, Hkv, Dh, T]
+    value: Array,  # [B, Hkv, T, Dh]
+    block_mask: Array,  # [B, T, T]
+    cached: tuple[Array, Array] | None,  # [B, Hkv, Dh, S], [B, Hkv, S, Dh]
+    cache_mask: Array | None,  # [B, S]
+) -> Array:
+    """Returns the mixed values [B, T, H, Dh] of one softmax over cached and new keys together.
+
+    The two parts are never concatenated, and keys and values are not repeated over the query heads of a
+    group. A query that sees nothing gets zeros.
+    """
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    grouped = (query * head_dim ** -0.5).reshape(batch, length, kv_heads, groups, head_dim)
+    grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
+    parts = [(key, value, block_mask[:, None, None])]
+    if cached is not None and cache_mask is not None:
+        parts.append((*cached, cache_mask[:, None, None, None]))
+    scores = []
+    for keys, _, mask in parts:
+        score = jnp.matmul(grouped, keys, preferred_element_type=jnp.float32)
+        scores.append(jnp.where(mask, score.reshape(batch, kv_heads, groups, length, -1), HIDDEN))
+    top = functools.reduce(jnp.maximum, [score.max(axis=-1, keepdims=True) for score in scores])
+    top = jax.lax.stop_gradient(top)
+    total, mixed = jnp.float32(0), jnp.float32(0)
+    for score, (_, values, mask) in zip(scores, parts):
+        # Masked again: where a query sees nothing, every score equals the maximum.
+        weights = jnp.where(mask, jnp.exp(score - top), 0.0)
+        total += weights.sum(axis=-1, keepdims=True)
+        weights = weights.reshape(batch, kv_heads, groups * length, -1).astype(values.dtype)
+        mixed += jnp.matmul(weights, values, preferred_element_type=jnp.float32)
+    mixed = mixed.reshape(batch, kv_heads, groups, length, head_dim) / jnp.where(total > 0, total, 1.0)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(query.dtype)
+
+
+def parameter(
+    module: nn.Module, name: str, draw: Callable[..., Any], axes: tuple[str | None, ...],
+    shape: tuple[int, ...], dtype: Any,
+) -> Array:
+    """Returns a parameter of `module` that remembers the logical names of its axes when it is initialised."""
+    return cast(Array, module.param(name, nn.with_logical_partitioning(draw, axes), shape, dtype))
+
+
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _rows(vector: Array, like: Array) -> Array:
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def check_choice(name: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise ValueError(f'{name} is {given!r}; allowed: {", ".join(allowed)}.')

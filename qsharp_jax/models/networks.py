@@ -1,0 +1,117 @@
+"""The networks as the pure functions that the rest of the project knows them by."""
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+
+from qsharp_jax.models import transformer
+from qsharp_jax.models import value as value_lib
+from qsharp_jax.models.transformer import KVCache, TransformerConfig
+from qsharp_jax.models.value import ValueConfig
+from qsharp_jax.types import Array, Params, Reference, Value, ValueScores
+
+
+def reference(config: TransformerConfig) -> Reference:
+    """Returns the reference of this shape; its parameters are an argument of every call."""
+    def step(params: Params, token: Array, length: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        alone = jnp.ones((1, 1), bool)
+        hidden, cache = _append(config, params, token[:, None], length[:, None], alone, cache)
+        return transformer.logits(config, params, hidden[:, 0]), cache
+
+    return Reference(
+        vocab_size=config.vocab_size,
+        init_cache=functools.partial(transformer.init_cache, config),
+        prefill=functools.partial(_prefill, config),
+        step=step)
+
+
+def value(config: TransformerConfig, value_config: ValueConfig) -> Value:
+    """Returns the value model of this shape; `config` is that of the reference it was started from."""
+    trunk = value_lib.trunk_config(value_config, config)
+    q_type = value_config.kind == 'q'
+
+    def prefill(params: Params, tokens: Array, lengths: Array, cache: KVCache) -> KVCache:
+        return _prefill(trunk, params['trunk'], tokens, lengths, cache)
+
+    def score(
+        params: Params, root: Array, candidates: Array, length: Array, cache: KVCache,
+    ) -> tuple[ValueScores, KVCache]:
+        batch, count = candidates.shape
+        tokens, positions, mask = root[:, None], length[:, None], jnp.ones((1, 1), bool)
+        if not q_type:
+            tokens = jnp.concatenate([tokens, candidates], axis=1)
+            positions = jnp.concatenate([positions, jnp.broadcast_to(positions + 1, (batch, count))], axis=1)
+            mask = candidate_mask(count)
+        hidden, cache = _append(trunk, params['trunk'], tokens, positions, mask, cache)
+        if q_type:
+            hidden, tokens = jnp.broadcast_to(hidden, (batch, count, trunk.width)), candidates
+        scores = value_lib.head_scores(value_config, trunk, params, hidden, tokens)
+        if q_type:
+            unknown = jnp.full((batch, value_config.num_scores), jnp.nan)
+            return ValueScores(root=unknown, candidates=scores), cache
+        return ValueScores(root=scores[:, 0], candidates=scores[:, 1:]), cache
+
+    return Value(
+        init_cache=functools.partial(transformer.init_cache, trunk), prefill=prefill, score=score,
+        scores_root=not q_type)
+
+
+def value_scores(
+    config: TransformerConfig,
+    value_config: ValueConfig,
+    params: Params,
+    tokens: Array,  # [B, T]
+    positions: Array,  # [B, T]
+    mask: Array,  # [B, T, T] bool
+    parents: Array,  # [B, T]
+) -> Array:
+    """Returns float32 scores [B, T, K] of each token as the one chosen there, without a cache: for the fit.
+
+    Args:
+      config: of the reference that the value model was started from.
+      value_config: of the value model.
+      params: its parameters.
+      tokens: packed sequences.
+      positions: the position of each token in its own sequence.
+      mask: whether token i (row) sees token j (column).
+      parents: index along T of the token that precedes each one; only kind 'q' reads it. A token without a
+        parent may name any index: its score means nothing then.
+    """
+    trunk = value_lib.trunk_config(value_config, config)
+    hidden, _ = transformer.hidden_states(trunk, params['trunk'], tokens, positions, mask)
+    if value_config.kind == 'q':
+        hidden = jnp.take_along_axis(hidden, jnp.clip(parents, 0, tokens.shape[1] - 1)[..., None], axis=1)
+    return value_lib.head_scores(value_config, trunk, params, hidden, tokens)
+
+
+def reference_logits(
+    config: TransformerConfig, params: Params, tokens: Array, positions: Array, mask: Array,
+) -> Array:
+    """Returns float32 logits [B, T, V] of the token after each one, without a cache: for pre-training."""
+    hidden, _ = transformer.hidden_states(config, params, tokens, positions, mask)
+    return transformer.logits(config, params, hidden)
+
+
+def candidate_mask(count: int) -> Array:
+    """Returns [1 + count, 1 + count] bool: the root and then candidates that see the root and themselves."""
+    return jnp.eye(1 + count, dtype=bool).at[:, 0].set(True)
+
+
+def _prefill(
+    config: TransformerConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache,
+) -> KVCache:
+    """Returns the cache with the prompts in it; padding lands in slots at or beyond `lengths`, never read."""
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
+    mask = transformer.causal_mask(length)
+    _, filled = transformer.hidden_states(config, params, tokens, positions, mask, cache, commit=length)
+    return filled
+
+
+def _append(
+    config: TransformerConfig, params: Params, tokens: Array, positions: Array, mask: Array, cache: KVCache,
+) -> tuple[Array, KVCache]:
+    """Returns the hidden states of new tokens after positions[:, 0] cached ones; keeps the first token."""
+    length = positions[:, 0]
+    return transformer.hidden_states(config, params, tokens, positions, mask, cache, length, commit=1)

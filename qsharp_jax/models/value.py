@@ -1,0 +1,178 @@
+"""The value model: a decoder trunk and a head that scores the return distribution of a token.
+
+V-type reads the hidden state *at* a token, which has seen it; Q-type reads the hidden state before it and
+scores the whole vocabulary at once (paper App. D).
+"""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from qsharp_jax.models import transformer
+from qsharp_jax.models.layers import parameter
+from qsharp_jax.models.transformer import TransformerConfig
+from qsharp_jax.types import Array, Params
+
+KINDS = ('v', 'q')
+INITS = ('truncate', 'reference', 'scratch')
+HEAD_INITS = ('zero', 'normal', 'lm_head')
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueConfig:
+    """The shape and the start of a value model.
+
+    Attributes:
+      num_scores: K, scores of one return distribution (`ReturnDistribution.num_scores`).
+      kind: 'v' scores a token from its own hidden state; 'q' scores all next tokens from their parent's.
+      init: 'truncate' copies the first `layers` blocks of the reference; 'reference' copies all of them;
+        'scratch' draws `layers` fresh blocks of the reference's widths.
+      layers: number of blocks under 'truncate' and 'scratch'; 0 under 'reference'.
+      extra_layers: fresh blocks on top of the copied ones, which change nothing at the start.
+      head_init: 'zero' (a constant value, so that a fresh value guides nowhere), 'normal', or 'lm_head' (kind
+        'q' only: every score of a token starts as its logit).
+      head_bias: whether the head has a bias.
+      dtype: of the trunk's computation; the head, like the scores, is float32 always.
+      param_dtype: of the parameters.
+      remat: recompute each block in the backward pass instead of storing its activations.
+    """
+
+    num_scores: int
+    kind: str = 'v'
+    init: str = 'truncate'
+    layers: int = 0
+    extra_layers: int = 0
+    head_init: str = 'zero'
+    head_bias: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (('kind', KINDS), ('init', INITS), ('head_init', HEAD_INITS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'value {name} is {getattr(self, name)!r}; allowed: {", ".join(allowed)}.')
+        if self.num_scores < 1:
+            raise ValueError(f'num_scores is {self.num_scores}; it must be at least 1.')
+        if self.extra_layers < 0:
+            raise ValueError(f'extra_layers is {self.extra_layers}; it must be at least 0.')
+        if self.init == 'reference' and self.layers:
+            raise ValueError(f"value layers is {self.layers}, but init 'reference' copies every layer: leave "
+                             "layers at 0, or use init 'truncate'.")
+        if self.init != 'reference' and self.layers < 1:
+            raise ValueError(f'value layers is {self.layers}; init {self.init!r} needs at least 1.')
+        if self.head_init == 'lm_head' and self.kind != 'q':
+            raise ValueError("head_init 'lm_head' needs kind 'q': a V-type head has no score per vocabulary "
+                             'entry.')
+
+
+class ValueHead(nn.Module):
+    """A linear map from hidden states to scores; under 'q' one map for each vocabulary entry."""
+
+    value_config: ValueConfig
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, hidden: Array, tokens: Array) -> Array:  # [..., D], [...] -> [..., K]
+        value_config, config = self.value_config, self.config
+        q_type = value_config.kind == 'q'
+        shape = (config.vocab_size,) * q_type + (value_config.num_scores,)
+        axes: tuple[str | None, ...] = ('vocab',) * q_type + (None,)
+        zeros = nn.initializers.zeros_init()
+        draw = nn.initializers.normal(0.02) if value_config.head_init == 'normal' else zeros
+        kernel = parameter(self, 'kernel', draw, (*axes, 'embed'), (*shape, config.width), config.param_dtype)
+        hidden = hidden.astype(jnp.float32)
+        if q_type:
+            scores = jnp.einsum('...d,...kd->...k', hidden, kernel[tokens].astype(jnp.float32))
+        else:
+            flat = hidden.reshape(-1, config.width) @ kernel.astype(jnp.float32).T
+            scores = flat.reshape(*hidden.shape[:-1], value_config.num_scores)
+        if value_config.head_bias:
+            bias = parameter(self, 'bias', zeros, axes, shape, config.param_dtype).astype(jnp.float32)
+            scores = scores + (bias[tokens] if q_type else jnp.broadcast_to(bias, scores.shape))
+        return scores
+
+
+def trunk_config(value_config: ValueConfig, reference_config: TransformerConfig) -> TransformerConfig:
+    """Returns the config of the value model's trunk: the reference's, with its own layers and no LM head.
+
+    Raises:
+      ValueError: if 'truncate' asks for more layers than the reference has.
+    """
+    layers = value_config.layers or reference_config.layers
+    if value_config.init == 'truncate' and layers > reference_config.layers:
+        raise ValueError(f'value layers is {layers}, but the reference has {reference_config.layers}. Lower '
+                         'it, or add fresh layers with extra_layers.')
+    return dataclasses.replace(
+        reference_config, layers=layers + value_config.extra_layers, tied_embeddings=True,
+        dtype=value_config.dtype, param_dtype=value_config.param_dtype, remat=value_config.remat)
+
+
+def init_value_params(
+    key: Array,
+    value_config: ValueConfig,
+    reference_params: Params,
+    reference_config: TransformerConfig,
+) -> Params:
+    """Returns {'trunk': ..., 'head': ...} started as `value_config` says; copies are new arrays.
+
+    Args:
+      key: for what is drawn fresh.
+      value_config: the shape and the start.
+      reference_params: parameters of the reference, read unless init is 'scratch' with a zero or normal head.
+      reference_config: the reference's config.
+    """
+    config = trunk_config(value_config, reference_config)
+    trunk_key, head_key = jax.random.split(key)
+    trunk = dict(transformer.init_params(trunk_key, config))
+    extra = {f'layers_{config.layers - 1 - index}' for index in range(value_config.extra_layers)}
+    for name in trunk:
+        if name in extra:
+            trunk[name] = _silenced(trunk[name])
+        elif value_config.init != 'scratch':
+            trunk[name] = _copy(reference_params[name], config)
+    head = nn.meta.unbox(_boxed_head(head_key, value_config, config))
+    if value_config.head_init == 'lm_head':
+        table = reference_params['embedding' if reference_config.tied_embeddings else 'head']
+        head['kernel'] = jnp.broadcast_to(table[:, None], head['kernel'].shape).astype(config.param_dtype)
+    return {'trunk': trunk, 'head': head}
+
+
+def logical_axes(value_config: ValueConfig, reference_config: TransformerConfig) -> Params:
+    """Returns the axis names of the value parameters, as `transformer.logical_axes`."""
+    config = trunk_config(value_config, reference_config)
+    head = jax.eval_shape(lambda key: _boxed_head(key, value_config, config), jax.random.key(0))
+    return {'trunk': transformer.logical_axes(config), 'head': transformer.axis_names(head)}
+
+
+def head_scores(
+    value_config: ValueConfig, config: TransformerConfig, params: Params, hidden: Array, tokens: Array,
+) -> Array:
+    """Returns float32 scores [..., K] of `tokens` [...] read at `hidden` [..., D].
+
+    `hidden` is the token's own state for kind 'v' (which ignores `tokens`) and its parent's for kind 'q'.
+    """
+    scores = ValueHead(value_config, config).apply({'params': params['head']}, hidden, tokens)
+    return cast(Array, scores)
+
+
+def _boxed_head(key: Array, value_config: ValueConfig, config: TransformerConfig) -> Params:
+    hidden, token = jnp.zeros((1, config.width)), jnp.zeros((1,), jnp.int32)
+    return dict(ValueHead(value_config, config).init(key, hidden, token)['params'])
+
+
+def _copy(tree: Params, config: TransformerConfig) -> Params:
+    return jax.tree.map(lambda array: jnp.array(array, config.param_dtype, copy=True), tree)
+
+
+def _silenced(block: Params) -> Params:
+    """Returns a block whose two output projections are zero: the identity, with gradients to learn from."""
+    def silence(part: Params) -> Params:
+        return jax.tree.map(jnp.zeros_like, part)
+    return {**block,
+            'attention': {**block['attention'], 'output': silence(block['attention']['output'])},
+            'mlp': {**block['mlp'], 'down': silence(block['mlp']['down'])}}

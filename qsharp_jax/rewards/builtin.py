@@ -1,0 +1,72 @@
+"""Rewards of the tasks that come with the package: 1 or 0, by text."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+import re
+
+from qsharp_jax.rewards.registry import register
+
+_INTEGER = re.compile(r'[+-]?\d{1,1000}')  # Python reads no integer of more than 4,300 digits
+_NODE = re.compile(r'\d{1,9}')
+_NUMBER = re.compile(r'[-+]?(?:\d[\d,]*\.?\d*|\.\d+)')
+
+
+@register('exact_match')
+def exact_match(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    """Whether the whole completion is the answer, but for white space around it."""
+    return [float(text.strip() == right.strip()) for text, right in zip(completions, answer, strict=True)]
+
+
+@register('arithmetic')
+def arithmetic(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    """Whether the whole completion is one integer, equal to the answer."""
+    return [float(_INTEGER.fullmatch(text.strip()) is not None and int(text) == int(right))
+            for text, right in zip(completions, answer, strict=True)]
+
+
+@register('numeric_match')
+def numeric_match(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    """Whether the last number in the completion is that of the answer. Commas between digits are left out."""
+    return [float(_last_number(text) == _last_number(right) is not None)
+            for text, right in zip(completions, answer, strict=True)]
+
+
+@register('star_graph')
+def star_graph_path(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    """Whether the completion is the path from start to goal."""
+    return [float(_nodes(text) == _nodes(right)) for text, right in zip(completions, answer, strict=True)]
+
+
+@register('star_graph_arm')
+def star_graph_arm(completions: Sequence[str], question: Sequence[str]) -> list[float]:
+    """Whether the completion is an arm of the graph, from the start to any end: right but for the goal."""
+    earned = []
+    for text, asked in zip(completions, question, strict=True):
+        edges, start, _ = _graph(asked)
+        nodes = _nodes(text)
+        walks = all(edge in edges for edge in zip(nodes, nodes[1:]))
+        ends = len(nodes) > 1 and nodes[0] == start and not any(a == nodes[-1] for a, _ in edges)
+        earned.append(float(walks and ends))
+    return earned
+
+
+def _last_number(text: str) -> float | None:
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(',', '')) if found else None
+
+
+def _nodes(text: str) -> list[int]:
+    """Returns the nodes of 'a,b,…'; none if the text is no path."""
+    pieces = text.strip().split(',')
+    return [int(piece) for piece in pieces] if all(_NODE.fullmatch(piece) for piece in pieces) else []
+
+
+def _graph(question: str) -> tuple[list[tuple[int, int]], int, int]:
+    """Returns edges, start and goal of 'a,b|c,d|…/start,goal='."""
+    try:
+        listed, ends = question.strip().rstrip('=').split('/')
+        *edges, (start, goal) = [(int(a), int(b)) for a, b in (
+            pair.split(',') for pair in (*listed.split('|'), ends))]
+    except ValueError as error:
+        raise ValueError(f'{question!r} is no star graph; one reads a,b|c,d|…/start,goal=') from error
+    return edges, start, goal

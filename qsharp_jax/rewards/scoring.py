@@ -1,0 +1,279 @@
+"""Calling a reward: what it is given, what it may return, and what happens when it fails or hangs."""
+from __future__ import annotations
+
+import asyncio
+import atexit
+from collections.abc import Awaitable, Mapping, Sequence
+import concurrent.futures
+import difflib
+import inspect
+import logging
+import math
+import multiprocessing
+import numbers
+from typing import Any
+
+import numpy as np
+import pebble
+
+from qsharp_jax.rewards.registry import load, Reward, RewardError, Term, VERL_ARGUMENTS
+
+_SHOWN = 200  # characters of a text in a message
+
+_logger = logging.getLogger(__name__)
+_pools: dict[tuple[str, str, int], pebble.ProcessPool] = {}
+_in_worker: dict[str, Reward] = {}  # the reward of a worker process, by its spec
+
+
+class _Failed(Exception):
+    """The function raised; the cause is what it raised."""
+
+
+def score(reward: Reward, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]], *,
+          workers: int, timeout_seconds: float, on_error: str) -> np.ndarray:
+    """Returns what each completion earns; NaN where a function abstained by returning None.  # [N] float64
+
+    Args:
+      reward: from `load`.
+      prompts: texts.  # N
+      completions: texts, without the token that ended them.  # N
+      columns: what else is known of each row, by name.  # lists of N
+      workers: processes that grade, one answer at a time; 0 grades in this process, all answers in one call.
+      timeout_seconds: for one answer, with workers: one that takes longer loses its worker and abstains, as does one
+        whose worker dies.
+      on_error: when a function raises, or returns for a row what is no finite number: 'stop' with an error, or
+        'abstain' in that row.
+
+    Raises:
+      RewardError: naming function, row and text, with the function's own exception as its cause. Also if a function
+        returns a wrong number of values, or needs a column that there is not.
+    """
+    if on_error not in ('stop', 'abstain'):
+        raise RewardError(f"on_error is {on_error!r}; it is 'stop' or 'abstain'.")
+    for term in reward.terms:
+        _check_columns(term, columns)
+    if workers > 0:
+        return _score_in_workers(reward, prompts, completions, columns, workers, timeout_seconds, on_error)
+    total = np.zeros(len(completions))
+    for term in reward.terms:
+        total += term.weight * np.array(_grade(term, prompts, completions, columns, on_error, 0), np.float64)
+    return total
+
+
+def check_canaries(reward: Reward, prompts: Sequence[str], answers: Sequence[str],
+                   columns: Mapping[str, Sequence[Any]], *, workers: int, timeout_seconds: float,
+                   on_error: str) -> None:
+    """Grades each answer, and beside it a wrong one: that of another row. Call it before anything costly.
+
+    A registered reward that does not give the right one more is an error. A function of the user's own may mean to
+    reward something else, so it gets a warning.
+
+    Args:
+      reward: from `load`.
+      prompts: texts.  # N
+      answers: right completions.  # N
+      columns: as in `score`.
+      workers: as in `score`.
+      timeout_seconds: as in `score`.
+      on_error: as in `score`.
+
+    Raises:
+      RewardError: as `score`, and as above.
+    """
+    wrong = [next((other for other in (*answers[row + 1:], *answers[:row]) if other != answer), f'{answer}?')
+             for row, answer in enumerate(answers)]
+    both = {name: [*column, *column] for name, column in columns.items()}
+    earned = score(reward, [*prompts, *prompts], [*answers, *wrong], both, workers=workers,
+                   timeout_seconds=timeout_seconds, on_error=on_error)
+    for row, (right, less) in enumerate(zip(earned[:len(answers)], earned[len(answers):], strict=True)):
+        if math.isnan(right) or right <= less:
+            message = (f'reward {reward.spec!r} does not tell right from wrong: to {_short(prompts[row])} the right '
+                       f'answer {_short(answers[row])} earns {_words(right)} and the wrong one {_short(wrong[row])} '
+                       f'earns {_words(less)}.')
+            if not any(':' in term.name for term in reward.terms):
+                raise RewardError(f'{message} Choose a reward that fits the task.')
+            _logger.warning('%s If it is meant to, ignore this.', message)
+            return
+
+
+def _grade(term: Term, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]],
+           on_error: str, first: int) -> list[float]:
+    """Returns one number a row, NaN for None. Rows are named from `first` on."""
+    try:
+        values = _call(term, prompts, completions, columns)
+    except _Failed as failure:
+        if len(completions) == 1:
+            return [_failed(term, on_error, first, completions[0], failure.__cause__)]
+        # One answer at a time, to find the one that the function cannot grade.
+        graded = [_grade(term, prompts[row:row + 1], completions[row:row + 1],
+                         {name: column[row:row + 1] for name, column in columns.items()}, on_error, first + row)[0]
+                  for row in range(len(completions))]
+        if on_error == 'stop':
+            raise RewardError(
+                f'reward {term.name!r} raised {_what(failure.__cause__)} on {len(completions)} answers together, '
+                'though not on any of them alone.') from failure.__cause__
+        return graded
+    return [_number(term, value, on_error, first + row, completions[row]) for row, value in enumerate(values)]
+
+
+def _call(term: Term, prompts: Sequence[str], completions: Sequence[str],
+          columns: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Returns what the function returns, one value a row."""
+    try:
+        if term.style == 'verl':
+            return [_call_verl(term, completion, {name: column[row] for name, column in columns.items()})
+                    for row, completion in enumerate(completions)]
+        given = {'prompts': list(prompts), 'completions': list(completions),
+                 **{name: list(column) for name, column in columns.items()}}
+        if term.accepted is not None:
+            given = {name: value for name, value in given.items() if name in term.accepted}
+        result = _awaited(term.function(**given))
+    except Exception as error:
+        raise _Failed from error
+    if isinstance(result, (str, bytes, Mapping)) or not hasattr(result, '__len__') or not hasattr(result, '__iter__'):
+        raise RewardError(f'reward {term.name!r} returned {_short(result)} ({type(result).__name__}); it must return '
+                          'a list with one number, or None, for each completion.')
+    values = list(result)
+    if len(values) != len(completions):
+        raise RewardError(f'reward {term.name!r} returned {len(values)} values for {len(completions)} completions; it '
+                          'must return one for each, and None where it abstains.')
+    return values
+
+
+def _call_verl(term: Term, completion: str, row: Mapping[str, Any]) -> Any:
+    given = {
+        'data_source': row['data_source'] if 'data_source' in row else '',
+        'solution_str': completion,
+        'extra_info': dict(row),
+        **{'ground_truth': row[name] for name in ('answer', 'ground_truth') if name in row},
+    }
+    if term.accepted is not None:
+        given = {name: value for name, value in given.items() if name in term.accepted}
+    result = _awaited(term.function(**given))
+    return result['score'] if isinstance(result, Mapping) else result
+
+
+def _awaited(result: Any) -> Any:
+    if not inspect.isawaitable(result):
+        return result
+
+    async def wait(awaitable: Awaitable[Any]) -> Any:
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait(result))
+    # A notebook runs a loop of its own in this thread.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, wait(result)).result()
+
+
+def _number(term: Term, value: Any, on_error: str, row: int, completion: str) -> float:
+    """Returns a row's value as a number, NaN for None."""
+    if value is None:
+        return math.nan
+    if isinstance(value, np.bool_) or hasattr(value, 'item') and getattr(value, 'ndim', None) == 0:
+        value = value.item()
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    if on_error == 'abstain':
+        _logger.warning('reward %r returned %s in row %d, which abstains.', term.name, _short(value), row)
+        return math.nan
+    raise RewardError(
+        f'reward {term.name!r} returned {_short(value)} ({type(value).__name__}) in row {row}, for the completion '
+        f'{_short(completion)}; it must be a finite number, or None to abstain.')
+
+
+def _failed(term: Term, on_error: str, row: int, completion: str, cause: BaseException | None) -> float:
+    """Returns NaN for a row whose grading raised, or stops."""
+    message = f'reward {term.name!r} raised {_what(cause)} in row {row}, for the completion {_short(completion)}'
+    if on_error == 'stop':
+        raise RewardError(f"{message}. Mend the function, or set reward_options.on_error to 'abstain'.") from cause
+    _logger.warning('%s; the row abstains.', message)
+    return math.nan
+
+
+def _score_in_workers(reward: Reward, prompts: Sequence[str], completions: Sequence[str],
+                      columns: Mapping[str, Sequence[Any]], workers: int, timeout_seconds: float,
+                      on_error: str) -> np.ndarray:
+    pool = _pool(reward, workers)
+    futures = [
+        pool.schedule(_grade_one, timeout=timeout_seconds, args=(
+            reward.spec, row, prompts[row], completion, {name: column[row] for name, column in columns.items()}, on_error))
+        for row, completion in enumerate(completions)]
+    earned = np.full(len(futures), np.nan)
+    late, dead = [], []
+    try:
+        for row, future in enumerate(futures):
+            try:
+                earned[row] = future.result()
+            except concurrent.futures.TimeoutError:
+                late.append(row)
+            except pebble.ProcessExpired:
+                dead.append(row)
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    for rows, what in ((late, f'took longer than {timeout_seconds:g} s'), (dead, 'killed their workers')):
+        if rows:
+            _logger.warning('reward %r: %d of %d answers %s and abstain; the first is row %d, %s.', reward.spec,
+                            len(rows), len(futures), what, rows[0], _short(completions[rows[0]]))
+    return earned
+
+
+def _pool(reward: Reward, workers: int) -> pebble.ProcessPool:
+    """Returns the worker processes of a reward, which live until this process ends."""
+    key = reward.spec, reward.digest, workers
+    if key not in _pools:
+        _pools[key] = pebble.ProcessPool(
+            # Spawned: a fork would copy the threads' locks of the array library.
+            workers, context=multiprocessing.get_context('spawn'), initializer=_start_worker, initargs=(reward.spec,))
+        atexit.register(_close, key)
+    return _pools[key]
+
+
+def _close(key: tuple[str, str, int]) -> None:
+    pool = _pools.pop(key)
+    pool.stop()
+    pool.join()
+
+
+def _start_worker(spec: str) -> None:
+    _in_worker[spec] = load(spec)
+
+
+def _grade_one(spec: str, row: int, prompt: str, completion: str, columns: Mapping[str, Any], on_error: str) -> float:
+    lists = {name: [value] for name, value in columns.items()}
+    return sum(term.weight * _grade(term, [prompt], [completion], lists, on_error, row)[0]
+               for term in _in_worker[spec].terms)
+
+
+def _check_columns(term: Term, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Raises if a function needs a column that there is not."""
+    if term.style == 'verl':
+        given = {*VERL_ARGUMENTS}
+        if 'ground_truth' in term.required and not {'ground_truth', 'answer'} & {*columns}:
+            given.remove('ground_truth')
+    else:
+        given = {'prompts', 'completions', *columns}
+    for name in term.required:
+        if name not in given:
+            near = difflib.get_close_matches(name, columns, n=1)
+            hint = f' Did you mean {near[0]!r}?' if near else ''
+            raise RewardError(f'reward {term.name!r} needs {name!r}, which the task has no column for; its columns are '
+                              f'{", ".join(sorted(columns)) or "none"}.{hint}')
+
+
+def _what(error: BaseException | None) -> str:
+    return f'{type(error).__name__}({str(error)[:_SHOWN]!r})'
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f'{text[:_SHOWN // 2]} … {text[-_SHOWN // 2:]}'
+
+
+def _words(value: float) -> str:
+    return 'nothing (it abstains)' if math.isnan(value) else f'{value:g}'

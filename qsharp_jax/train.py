@@ -1,0 +1,138 @@
+"""The job: collect, aggregate, fit, guide, evaluate, report.
+
+Every phase leaves its result in the work directory and is skipped when it is found there: the same command goes on
+after a kill and ends with the same numbers.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+import time
+
+import ml_collections
+
+from qsharp_jax import checkpoint, collect, describe, experiment, fit, progress, report
+from qsharp_jax import config as config_lib
+from qsharp_jax.experiment import Experiment
+from qsharp_jax.metrics import replace_text
+from qsharp_jax.results import Evaluation, plan_of
+from qsharp_jax.types import Params
+
+
+def run(config: ml_collections.ConfigDict, workdir: str, dry_run: bool = False) -> Path | None:
+    """Runs an experiment to its end, or on from where it was killed, and returns the path of its report.
+
+    Args:
+      config: checked, from `config.load`.
+      workdir: where everything the run makes is kept.
+      dry_run: print what would run, and stop; the work directory is not touched.
+    """
+    directory = Path(workdir)
+    progress.set_seconds_between_lines(config.logging.progress_seconds)
+    if dry_run:
+        print(describe.plan(config))
+        return None
+    prepare(config, directory)
+    parts = experiment.build(config, directory)
+    print(describe.run(parts), flush=True)
+
+    evaluation = Evaluation(parts, plan_of(config))
+    values: Params = None
+    with timed(directory, 'evaluate 0'):
+        evaluation.run(0, None)
+    for iteration in range(1, config.iterations + 1):
+        with timed(directory, f'collect {iteration}'):
+            collect.collect_iteration(parts, iteration, values)
+        with timed(directory, f'fit {iteration}'):
+            values = fit.fit_iteration(parts, iteration, values)
+        with timed(directory, f'evaluate {iteration}'):
+            evaluation.run(iteration, values)
+    return report.print_results(directory)
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Makes the work directory this config's, unless it holds a run that the config does not go on with.
+
+    Raises:
+      ValueError: the directory was written with another config, with the differences.
+    """
+    path = workdir / 'config.json'
+    if path.exists():
+        config_lib.check_resume(config_lib.from_json(path.read_text()), config)
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise ValueError(f'--workdir {workdir} is not empty and holds no run (no config.json): choose another.')
+    workdir.mkdir(parents=True, exist_ok=True)
+    replace_text(path, config_lib.to_json(config) + '\n')
+
+
+@contextlib.contextmanager
+def timed(workdir: Path, phase: str) -> Iterator[None]:
+    """Adds the seconds that a phase takes to timings.json; a resumed phase adds to what it took before."""
+    path = workdir / 'timings.json'
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        timings = json.loads(path.read_text()) if path.exists() else {}
+        timings[phase] = timings.get(phase, 0.0) + time.perf_counter() - began
+        replace_text(path, json.dumps(timings, indent=1) + '\n')
+
+
+def open_run(workdir: Path, iteration: int = 0) -> tuple[Experiment, int, Params]:
+    """Returns a run's parts, and a finished value network of it with the iteration that it is of.
+
+    Args:
+      workdir: of the run.
+      iteration: whose network; 0 for the last finished one.
+
+    Raises:
+      ValueError: there is no run, or no such network.
+    """
+    path = workdir / 'config.json'
+    if not path.exists():
+        raise ValueError(f'--workdir {workdir} holds no run: it has no config.json.')
+    config = config_lib.from_json(path.read_text())
+    parts = experiment.build(config, workdir)
+    finished = [k for k in range(1, config.iterations + 1)
+                if (parts.value_dir(k) / checkpoint.VALUE_FILE).exists()]
+    if not finished or (iteration and iteration not in finished):
+        have = f'has finished {", ".join(map(str, finished))}' if finished else 'has finished none yet'
+        raise ValueError(f'there is no value network of iteration {iteration or 1} in {workdir}: the run {have}.')
+    chosen = iteration or finished[-1]
+    values, meta = checkpoint.restore_params(parts.value_dir(chosen), parts.init_value_params())
+    checkpoint.check_value_meta(meta, parts.value_meta())
+    return parts, chosen, values
+
+
+def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iteration: int, methods: Sequence[str],
+                        examples: int, samples: int) -> None:
+    """Evaluates a finished value network, adds the rows to results.jsonl, and prints the results.
+
+    Args:
+      workdir: of the run.
+      etas: KL coefficients.
+      split: of the task.
+      iteration: as in `open_run`.
+      methods: any of 'qsharp', 'cd', 'fudge'; the last two only of iteration 1.
+      examples: prompts of the split; 0 for as many as the run evaluates of it.
+      samples: answers a prompt; 0 for as many as the run draws.
+    """
+    if not etas or not all(eta > 0 for eta in etas):
+        raise ValueError(f'--etas is {list(etas)}; every eta must be above 0 (inf is the reference itself).')
+    workdir = Path(workdir)
+    parts, chosen, values = open_run(workdir, iteration)
+    if chosen != 1 and set(methods) - {'qsharp'}:
+        raise ValueError(f'--methods {",".join(methods)} of iteration {chosen}: CD and FUDGE are evaluated on the '
+                         'network of iteration 1 only, since later data are not the reference\'s own.')
+    usual = plan_of(parts.config)
+    plan = dataclasses.replace(
+        usual, splits=(split,), select_split='', etas=tuple(sorted(set(etas))), methods=tuple(methods),
+        examples={split: examples or usual.examples.get(split, 0)}, samples=samples or usual.samples,
+        temperatures=usual.temperatures[:1])
+    evaluation = Evaluation(parts, plan)
+    evaluation.run(0, None)
+    evaluation.run(chosen, values)
+    report.print_results(workdir)

@@ -1,0 +1,91 @@
+"""The records that flow through a run, and the callables that networks are seen through.
+
+Letters used in every shape: B batch, P prompt, T new tokens, S cache slots, V vocabulary, C candidates,
+K scores of one return distribution.
+
+Rollouts, guidance and evaluation know a network only as a `Reference` or a `Value`, so that a tabular model, a
+fake, and a sharded transformer are interchangeable.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from flax import struct
+import jax
+
+Array = jax.Array
+Params = Any  # a plain tree of arrays
+Cache = Any  # a tree of arrays; every leaf has the batch as its leading axis, so rows can be repeated or picked
+
+
+@struct.dataclass
+class Policy:
+    """What each row is sampled from. Every field is traced, so one compiled batch serves any mixture.
+
+    Attributes:
+      eta: KL coefficient; it divides the return. `inf` is the reference itself.  # [B]
+      temperature: of the reference's softmax; 0 is greedy.  # [B]
+      top_k: number of tokens kept by the sampler; 0 keeps all.  # [B] int32
+      top_p: mass of the nucleus kept by the sampler; 1 keeps all.  # [B]
+    """
+
+    eta: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+
+
+@struct.dataclass
+class ValueScores:
+    """Raw outputs of a value network, to be read by `categorical.ReturnDistribution`.
+
+    Attributes:
+      root: scores of the last token already chosen, given what precedes it.  # [B, K]
+      candidates: scores of each candidate as the next token.  # [B, C, K]
+    """
+
+    root: Array
+    candidates: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The frozen language model π_ref, as pure functions.
+
+    The cache is addressed by position: slot p of a row holds position p of that row. Setting a row's length back
+    rewinds it; slots at or beyond the length are never read.
+
+    Attributes:
+      vocab_size: V.
+      init_cache: (batch, capacity) -> Cache with `capacity` slots a row.
+      prefill: (params, tokens [B, P], lengths [B], cache) -> Cache. Writes positions 0 .. lengths-1 of each row;
+        tokens at or beyond `lengths` are padding of any value.
+      step: (params, token [B], length [B], cache) -> (logits [B, V] float32, Cache). Puts `token` at position
+        `length` and returns the logits of the token after it.
+    """
+
+    vocab_size: int
+    init_cache: Callable[[int, int], Cache]
+    prefill: Callable[[Params, Array, Array, Cache], Cache]
+    step: Callable[[Params, Array, Array, Cache], tuple[Array, Cache]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """The learned return distribution of a next token, as pure functions.
+
+    Attributes:
+      init_cache: as `Reference.init_cache`.
+      prefill: as `Reference.prefill`.
+      score: (params, root [B], candidates [B, C], length [B], cache) -> (ValueScores, Cache). Puts `root` at
+        position `length`, scores each candidate as the token at `length + 1`, and keeps only the root in the cache.
+      scores_root: whether `ValueScores.root` means anything (a network that scores all next tokens at once from the
+        root's hidden state has no score of the root itself: it then holds NaN).
+    """
+
+    init_cache: Callable[[int, int], Cache]
+    prefill: Callable[[Params, Array, Array, Cache], Cache]
+    score: Callable[[Params, Array, Array, Array, Cache], tuple[ValueScores, Cache]]
+    scores_root: bool = True

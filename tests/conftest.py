@@ -1,0 +1,36 @@
+"""Settings of every test: eight simulated devices, one thread for each test process, no silent broadcasts."""
+from __future__ import annotations
+
+import os
+
+# XLA reads these once, when it starts: before any test module imports jax.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+_flags = [os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8']
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    # Several test processes share the cores.
+    _flags += ['--xla_cpu_multi_thread_eigen=false', 'intra_op_parallelism_threads=1']
+os.environ['XLA_FLAGS'] = ' '.join(_flags).strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--fail-on-skip', action='store_true', help='a skipped test fails the run')
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption('--fail-on-skip') and _skipped(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for report in _skipped(config) if config.getoption('--fail-on-skip') else []:
+        terminalreporter.write_line(f'skipped, which fails this run: {report.nodeid}', red=True)
+
+
+def _skipped(config: pytest.Config) -> list[pytest.TestReport]:
+    reporter = config.pluginmanager.get_plugin('terminalreporter')
+    return reporter.stats.get('skipped', []) if reporter else []

@@ -1,0 +1,255 @@
+"""The report: what it says, that it stands alone, and that nothing from data becomes markup."""
+from __future__ import annotations
+
+from html.parser import HTMLParser
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qsharp_jax import config, metrics, report
+from qsharp_jax.report import html, plots, records, tables
+
+HOSTILE = '<script>alert(1)</script>"\'&'
+
+Row = dict[str, Any]
+
+
+def result(method: str, iteration: int, eta: float | None, pass1: float, kl: float, **changes: Any) -> Row:
+    row: Row = {
+        'method': method, 'iteration': iteration, 'eta': eta, 'temperature': 1.0, 'split': 'test', 'pass@1': pass1,
+        'pass@1_se': 0.02, 'pass@k': 0.9, 'k': 4, 'maj@k': 0.7, 'kl': kl, 'kl_se': 0.1, 'kl_per_token': kl / 4,
+        'truncated': 0.0, 'n_examples': 50, 'n_samples': 4, 'seconds': 1.0, 'commit': 'abc', 'devices': 1}
+    return {**row, **changes}
+
+
+def results() -> list[Row]:
+    rows = []
+    for split, best in (('test', 0.1), ('validation', 0.2)):
+        rows += [
+            result('reference', 0, math.inf, 0.3, 0.0, split=split),
+            result('reference', 0, math.inf, 0.4, 2.0, split=split, temperature=0.0, truncated=0.5),
+            result('cd', 1, 0.1, 0.35, 4.0, split=split),
+            *(result('qsharp', 2, eta, 0.7 if eta == best else 0.6, 0.3 / eta, split=split) for eta in (0.1, 0.2)),
+            result('qsharp', 1, 0.1, 0.5, 3.0, split=split)]
+    return rows
+
+
+def sample(method: str, iteration: int, eta: float, example: int, values: list[float | None]) -> Row:
+    return {'method': method, 'iteration': iteration, 'eta': eta, 'temperature': 1.0, 'split': 'test', 'id': example,
+            'sample': 0, 'prompt': f'question {example} {HOSTILE}', 'answer_tokens': ['7', HOSTILE, '\n'],
+            'values': values, 'reward': float(method == 'qsharp'), 'kl': 0.5, 'truncated': False}
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    """A workdir with one of every file, and hostile text wherever text can come from."""
+    loaded = config.load('configs/arithmetic.py:tiny', [('task.prefix', HOSTILE)])
+    (tmp_path / 'config.json').write_text(config.to_json(loaded))
+    metrics.ResultsFile(tmp_path / 'results.jsonl').add(results())
+    writer = metrics.Writer(tmp_path)
+    for step in (1, 2, 3):
+        writer.write('fit_1', step, {'loss': 1 / step, 'heldout_loss': 1.1 / step}, iteration=1)
+    writer.close()
+    directory = tmp_path / 'samples' / 'test' / 'x'
+    directory.mkdir(parents=True)
+    rows = [sample(method, iteration, eta, example, values) for example in range(12)
+            for method, iteration, eta, values in (
+                ('reference', 0, math.inf, [None] * 3), ('qsharp', 2, 0.2, [0.0, 0.5, 1.0]))]
+    (directory / 'block_0.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    (tmp_path / 'calibration').mkdir()
+    for iteration in (1, 2):
+        bins = [{'low': i / 4, 'high': (i + 1) / 4, 'mean_prediction': (i + .5) / 4, 'mean_outcome': (i + .4) / 4,
+                 'standard_error': None if i == 1 else .02, 'weight': .25} for i in range(4)]
+        (tmp_path / 'calibration' / f'iteration_{iteration}.json').write_text(json.dumps({
+            'bins': bins, 'ece': 0.05, 'brier': 0.2, 'auc': 0.8,
+            'by_position': [{'position': i, 'loss': 0.6 / (i + 1), 'count': 5} for i in range(3)]}))
+    (tmp_path / 'timings.json').write_text(json.dumps({f'collect {HOSTILE}': 90.0, 'fit': 30.0}))
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """Elements, outside references, texts and balance of a page."""
+
+    void = {'meta', 'br', 'link', 'img', 'input', 'hr'}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[str] = []
+        self.outside: list[str] = []
+        self.ids: list[str] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        if tag not in self.void:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ('src', 'href', 'xlink:href', 'action') and not (value or '').startswith('#'):
+                self.outside.append(f'{tag} {name}={value}')
+            if name == 'id':
+                self.ids.append(str(value))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.void:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_stands_alone_and_escapes_everything(workdir: Path) -> None:
+    path = report.write(workdir)
+    assert path == workdir / 'report.html'
+    text = path.read_text()
+    page = Page(text)
+    assert page.open == [] and 'script' not in page.elements
+    assert page.outside == [] and 'url(http' not in text and '@import' not in text
+    assert len(page.ids) == len(set(page.ids)), 'ids of the plots clash'
+    said = ''.join(page.texts)
+    # Prompts, tokens, phases and configuration all show the hostile text as text.
+    assert said.count(HOSTILE) >= 4
+    assert 'question 0' in said and 'collect' in said and 'task.prefix' in said
+    assert 'reference, greedy: 50% of the answers reach the limit of 8 tokens' in said
+    assert '70.0' in said and 'Q♯, iteration 2' in said
+    assert page.elements.count('figure') == len(list((workdir / 'plots').glob('*.png'))) == 4
+
+
+def test_the_same_numbers_give_the_same_files(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.write(workdir)
+    before = {path: path.read_bytes() for path in [workdir / 'report.html', *workdir.glob('plots/*')]}
+    report.print_results(workdir)
+    assert len(before) == 9 and all(path.read_bytes() == data for path, data in before.items())
+    printed = capsys.readouterr().out
+    assert '| Q♯, iteration 2 | 0.1 |' in printed and '- At equal KL' in printed
+    assert str(workdir / 'report.html') in printed
+
+
+def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / 'config.json').write_text(config.to_json(config.default()))
+    text = report.write(tmp_path).read_text()
+    assert 'No policy has been evaluated' in text and '<figure' not in text
+
+
+def test_no_run_is_an_error_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='holds no run'):
+        report.write(tmp_path)
+    (tmp_path / 'config.json').write_text('{')
+    with pytest.raises(ValueError, match='config.json is no JSON'):
+        report.write(tmp_path)
+
+
+def test_the_headline_uses_the_eta_chosen_on_the_other_split(workdir: Path) -> None:
+    """On the test split eta 0.1 is better, but validation chose 0.2: the headline must not pick by the test split."""
+    run = records.read(workdir)
+    best = html.best_guided(run)
+    assert best is not None and (best['eta'], best['pass@1'], best['split']) == (0.2, 0.6, 'test')
+    assert [number for _, number, _ in html.headline(run)] == ['30.0 %', '60.0 %', '+30.0', '1.50']
+
+
+def test_without_a_selection_split_the_configured_eta_is_shown(workdir: Path) -> None:
+    loaded = config.load('configs/arithmetic.py:tiny', [('eval.select_split', ''), ('eta', '0.1')])
+    (workdir / 'config.json').write_text(config.to_json(loaded))
+    best = html.best_guided(records.read(workdir))
+    assert best is not None and best['eta'] == 0.1
+    assert 'chosen' not in report.markdown(results(), 'test', '')
+
+
+def test_questions_show_each_policy_once_and_are_spread(workdir: Path) -> None:
+    questions = html.questions(records.read(workdir))
+    assert len(questions) == config.load('configs/arithmetic.py:tiny').logging.report_examples == 8
+    assert questions[0]['prompt'].startswith('question 0 ') and questions[-1]['prompt'].startswith('question 10 ')
+    for question in questions:
+        assert [answer['policy'] for answer in question['answers']] == ['reference', 'Q♯, iteration 2, η = 0.2']
+        assert [answer['right'] for answer in question['answers']] == [False, True]
+
+
+def test_colours_of_tokens() -> None:
+    """Orange below the middle, blue above, stronger towards the ends, nothing where there is no value."""
+    def alpha(colour: str) -> float:
+        return float(colour.split(',')[-1].strip(' )'))
+
+    for low, high in ((0.0, 1.0), (-2.0, 2.0)):
+        colours = [html._token('x', low + (high - low) * share, low, high)[1] for share in (0, .2, .4, .6, .8, 1)]
+        assert all(html._LOW in colour for colour in colours[:3])
+        assert all(html._HIGH in colour for colour in colours[3:])
+        assert [alpha(colour) for colour in colours] == [alpha(colour) for colour in reversed(colours)]
+        assert alpha(colours[0]) > alpha(colours[1]) > alpha(colours[2])
+    assert html._token('\n', None, 0, 1) == ('↵', 'transparent', 'not scored')
+
+
+def test_tables_order_mark_and_round() -> None:
+    lines = tables.markdown(results(), 'test', 'validation').splitlines()
+    cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines if line.startswith('|')]
+    assert cells[0] == ['policy', 'η', 'temperature', 'pass@1 %', 'pass@4 %', 'maj@4 %', 'KL, nats', 'KL per token',
+                        'truncated %']
+    assert [row[0] for row in cells[2:]] == [
+        'reference', 'reference, greedy', '**CD, iteration 1**', '**Q♯, iteration 1**', '**Q♯, iteration 2**',
+        'Q♯, iteration 2']
+    assert cells[-1] == ['Q♯, iteration 2', '0.1', '1', '70.0 ± 2.0', '90.0', '70.0', '3.00 ± 0.10', '0.750', '0.0']
+    assert all(len(row) == len(cells[0]) for row in cells)
+
+
+def test_the_gain_has_a_column_where_it_is_known() -> None:
+    rows = [result('qsharp', 1, 0.1, 0.5, 3.0, gain=-0.2, gain_se=0.03)]
+    assert '| -20.0 ± 3.0 |' in tables.markdown(rows, 'test')
+
+
+def test_the_summary_has_the_table_and_what_it_says(workdir: Path) -> None:
+    text = report.summary(workdir)
+    assert text.startswith(tables.terminal(results(), 'test', 'validation'))
+    assert text.splitlines()[-1].startswith('At equal KL, Q♯, iteration 2 lies')
+
+
+def test_terminal_table_is_aligned() -> None:
+    lines = tables.terminal(results(), 'test', 'validation').splitlines()
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert [' * ' in line for line in lines[2:-1]] == [False, False, True, True, True, False]
+
+
+def test_numbers_that_do_not_exist_leave_their_cell_empty() -> None:
+    row = result('reference', 0, None, 0.3, 0.0, **{'pass@1_se': None})
+    row['kl'] = None
+    line = tables.markdown([row, result('qsharp', 1, 0.1, 0.5, 3.0)], 'test').splitlines()[2]
+    assert line.startswith('| reference |  | 1 | 30.0 | ') and 'None' not in line
+    # The plot leaves such points out.
+    assert len(plots.pass1_against_kl([row], 'test').axes[0].containers) == 0
+
+
+def test_of_equal_etas_the_weakest_guidance_is_chosen() -> None:
+    rows = [result('qsharp', 1, eta, 0.5, 1.0, split='validation') for eta in (0.2, 0.4, 0.1)]
+    assert tables.chosen_etas(rows, 'validation') == {('qsharp', 1): 0.4}
+
+
+def test_frontier_says_plainly_where_guidance_does_not_lead() -> None:
+    base = [result('reference', 0, None, 0.3, 0.0), result('reference', 0, None, 0.5, 2.0, temperature=0.5)]
+
+    # The sharpened reference reaches 0.4 at KL 1 (by interpolation), and 0.5 from KL 2 on.
+    def said(*points: tuple[float, float, float]) -> list[str]:
+        return tables.frontier([*base, *(result('qsharp', 1, eta, p, kl) for eta, p, kl in points)], 'test')
+
+    assert said((0.1, 0.41, 1.0), (0.05, 0.51, 9.0)) == [
+        'At equal KL, Q♯, iteration 1 lies on or above the sharpened reference at every η.']
+    assert said((0.1, 0.39, 1.0), (0.05, 0.51, 9.0)) == [
+        'At equal KL, Q♯, iteration 1 lies on or above the sharpened reference except at η = 0.1.']
+    assert said((0.1, 0.39, 1.0), (0.05, 0.49, 9.0)) == [
+        'At equal KL, Q♯, iteration 1 lies below the sharpened reference at every η.']
+    assert tables.frontier(base, 'test') == []
+
+
+def test_points_of_the_plot_are_the_results() -> None:
+    axes = plots.pass1_against_kl(results(), 'test').axes[0]
+    drawn = {container.get_label(): container.lines[0].get_xydata().tolist() for container in axes.containers}
+    assert drawn['Q♯, iteration 2'] == [pytest.approx(point) for point in ([1.5, 60.0], [3.0, 70.0])]
+    assert set(drawn) == {'reference', 'CD, iteration 1', 'Q♯, iteration 1', 'Q♯, iteration 2'}
+    colours = [container.lines[0].get_color() for container in axes.containers]
+    assert len(set(colours)) == len(colours)
