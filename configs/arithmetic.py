@@ -13,8 +13,8 @@ import ml_collections
 
 from configs import default
 
-# Solved examples: they show the format, and hold no two-digit problem.
-PREFIX = '3 + 5 = 8\n7 + 2 = 9\n6 + 8 = 14\n'
+# Solved examples, which show the format.
+PREFIX = '5 + 3 = 8\n27 max 64 = 64\n'
 
 
 def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
@@ -22,29 +22,43 @@ def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
     config = default.get_config()
     config.reward = 'arithmetic'
     config.task.name = 'arithmetic'
-    config.task.template = '{question} ='
+    config.task.template = '{question} = '
+    config.task.arithmetic.operations = ('+', 'max')
+    config.task.arithmetic.two_digit_share = 0.6
     config.task.prefix = PREFIX
     config.task.max_prompt_tokens = 64
     config.sampling.max_new_tokens = 8
     config.logging.every_steps = 5
     if size == 'tiny':
-        config.task.arithmetic.train_examples = 1200
-        config.task.arithmetic.validation_examples = 64
-        config.task.arithmetic.test_examples = 128
-        config.collect.samples = 2
+        config.sampling.max_new_tokens = 5
+        config.task.arithmetic.train_examples = 1000
+        config.task.arithmetic.validation_examples = 48
+        config.task.arithmetic.test_examples = 120
+        config.collect.samples = 6
+        config.collect.examples = 500
+        config.collect.cut = 'start'
+        config.collect.block_examples = 125
+        config.collect.batch_rows = 250
         config.value.init = 'truncate'
-        config.value.layers = 15
-        config.fit.samples_per_row = 4
-        config.fit.epochs = 2.0
+        config.value.layers = 12
+        config.guidance.candidates = 12
+        config.fit.samples_per_row = 6
+        config.fit.batch_size = 16
+        config.fit.epochs = 1.0
+        config.fit.frozen_layers = 1
         config.fit.learning_rate = 2e-4
         config.fit.head_lr_multiplier = 10.0
-        config.fit.warmup_steps = 10
+        config.fit.warmup_steps = 5
         config.fit.schedule = 'cosine'
-        config.fit.checkpoint_every_steps = 50
-        config.logging.heldout_every_steps = 25
+        config.fit.heldout_fraction = 0.08
+        config.fit.checkpoint_every_steps = 25
+        config.logging.every_steps = 2
+        config.logging.heldout_every_steps = 20
         config.eval.samples = 4
         config.eval.maj_k = 4
-        config.eval.etas = (0.05, 0.1, 0.3)
+        config.eval.etas = (0.1, 0.3)
+        config.eval.batch_rows = 240
+        config.eval.block_examples = 60
     elif size == 'small':
         config.collect.samples = 8
         config.fit.samples_per_row = 8

@@ -47,7 +47,7 @@ def task() -> ml_collections.ConfigDict:
     config.max_prompt_tokens = 256  # tokens; longer prompts are dropped and counted, never cut
 
     config.arithmetic = ml_collections.ConfigDict()
-    config.arithmetic.operations = ('+',)  # any of '+', '-', '*'
+    config.arithmetic.operations = ('+',)  # any of '+', '-', '*', 'max', 'min', in equal shares
     config.arithmetic.max_operand = 99  # operands are drawn from 0 .. max_operand
     config.arithmetic.two_digit_share = 0.75  # share of problems in which both operands have two digits
     config.arithmetic.train_examples = 2000  # distinct problems; splits share none, a+b and b+a count as one
@@ -88,6 +88,9 @@ def reference() -> ml_collections.ConfigDict:
     # Next-token training of a model from scratch.
     config.pretrain = ml_collections.ConfigDict()
     config.pretrain.loss = 'target'  # 'target': answer tokens only | 'all': prompt tokens too
+    # Share of the corpus's paths that follow an arm drawn at random. With none, the last node is always the goal and
+    # the model copies it from the prompt, so that its wrong paths are no arms of the graph.
+    config.pretrain.random_arm_share = 0.0
     config.pretrain.steps = 23_000  # gradient steps
     config.pretrain.batch_size = 256  # sequences a step
     config.pretrain.optimizer = 'adamw'  # 'adamw' | 'muon'
@@ -109,6 +112,8 @@ def value() -> ml_collections.ConfigDict:
     config.layers = 0  # of 'truncate' and 'scratch'; 0 under 'reference'
     config.extra_layers = 0  # new layers on top of the copied ones, which change nothing at first
     config.head_init = 'zero'  # 'zero' (a constant value at first) | 'normal' | 'lm_head' (type 'q' only)
+    # What the new layers read: 'stream', the trunk's own | 'restart', its norm plus the norm of the token's embedding.
+    config.extra_input = 'stream'
     config.head = 'bernoulli'  # 'bernoulli' | 'categorical' | 'mse' (a regression, the paper's ablation)
     config.v_min = 0.0  # least reward
     config.v_max = 1.0  # greatest reward

@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--workdir', type=Path, required=True, help='directory of the run')
     args = parser.parse_args(argv)
-    report.print_results(args.workdir)
+    report.print_results(args.workdir, markdown=True)
 
 
 if __name__ == '__main__':

@@ -62,13 +62,13 @@ def collect_iteration(experiment: Experiment, iteration: int, value_params: Para
                 drawn = []
                 for batch in units.batches(prompts, block, collect.samples, 1, collect.batch_rows, width):
                     drawn += _draw(experiment, how, value_params, eta, prompts, batch, iteration)
-                # Graded before the shard is listed: a reward that raises is mended and the block done again, while
-                # every earlier block, its labels included, is safe.
-                labels = label(experiment, prompts, drawn)
+                # Kept before it is graded: a reward that raises costs no answer.
                 writer.write_shard(iteration, number, drawn, meta)
+            if (iteration, number) in writer.unlabelled(experiment.reward.digest, iteration):
+                labels = label(experiment, prompts, writer.read_shard(iteration, number))
                 writer.write_labels(iteration, number, experiment.reward.digest, labels)
-                earned += [float(x) for x in labels if not np.isnan(x)]
-            bar.update(len(block) * collect.samples, reward=float(np.mean(earned)) if earned else float('nan'))
+                earned += labels[~np.isnan(labels)].tolist()
+            bar.update(len(block) * collect.samples, **({'reward': float(np.mean(earned))} if earned else {}))
     return len(which) * collect.samples
 
 

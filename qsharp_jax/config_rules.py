@@ -14,6 +14,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     'reference.pretrain.schedule': ('constant', 'cosine'),
     'value.type': ('v', 'q'),
     'value.init': ('truncate', 'reference', 'scratch'),
+    'value.extra_input': ('stream', 'restart'),
     'value.head_init': ('zero', 'normal', 'lm_head'),
     'value.head': ('bernoulli', 'categorical', 'mse'),
     'value.projection': ('nearest', 'two_hot', 'hl_gauss'),
@@ -33,7 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 _ITEM_CHOICES: dict[str, tuple[str, ...]] = {
-    'task.arithmetic.operations': ('+', '-', '*'),
+    'task.arithmetic.operations': ('+', '-', '*', 'max', 'min'),
     'eval.methods': ('qsharp', 'cd', 'fudge'),
 }
 
@@ -138,9 +139,9 @@ def _single(keys: Mapping[str, Any]) -> Iterator[str]:
             yield f'config.{key} is {keys[key]:g}; it must be {least} or more.'
     if not 0 < keys['sampling.top_p'] <= 1:
         yield f'config.sampling.top_p is {keys["sampling.top_p"]:g}; it must be above 0 and at most 1 (1 keeps all).'
-    if not 0 <= keys['task.arithmetic.two_digit_share'] <= 1:
-        yield (f'config.task.arithmetic.two_digit_share is {keys["task.arithmetic.two_digit_share"]:g}; it is a share, '
-               '0 to 1.')
+    for key in ('task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share'):
+        if not 0 <= keys[key] <= 1:
+            yield f'config.{key} is {keys[key]:g}; it is a share, 0 to 1.'
     if not 0 <= keys['fit.heldout_fraction'] < 1:
         yield f'config.fit.heldout_fraction is {keys["fit.heldout_fraction"]:g}; it must be at least 0 and below 1.'
     if '{question}' not in keys['task.template']:

@@ -1,37 +1,39 @@
 """What a run is, in words and numbers: for the start of a run, and for a dry run."""
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_collections
 
-from qsharp_jax import categorical, sharding, units
 from qsharp_jax import config as config_lib
-from qsharp_jax.baselines import pretraining
+from qsharp_jax import sharding, units
 from qsharp_jax.data import prompts as prompts_lib
-from qsharp_jax.data import tokenizers
-from qsharp_jax.experiment import Experiment, value_config_of
-from qsharp_jax.models import pretrained, transformer
+from qsharp_jax.experiment import Experiment
+from qsharp_jax.models import transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.transformer import TransformerConfig
+from qsharp_jax.types import Params
 
-_MOMENTS = 2  # that the optimizer keeps of each trained parameter
+_COPIES = 3  # of the trained parameters' size: the optimizer's two moments, and the gradient
 
 
 def run(parts: Experiment) -> str:
-    """Returns a few lines on what is about to run."""
+    """Returns a few lines on what is about to run.
+
+    Args:
+      parts: an outline.
+    """
     prompts = parts.prompts('train')
     sizes = ', '.join(f'{axis}={size}' for axis, size in parts.mesh.shape.items())
     first = prompts.tokens[0]
+    reference, fitted = _shapes(parts)
+    layers = value_lib.trunk_config(parts.value_config, parts.reference_config).layers
     return '\n'.join([
         f'devices    {parts.mesh.size} ({jax.devices()[0].platform}), mesh {sizes}',
-        f'reference  {parts.config.reference.source}: {_count(parts.reference_params)} parameters',
-        f'value      {parts.value_config.kind}-type, {parts.distribution.kind} head, '
-        f'{value_lib.trunk_config(parts.value_config, parts.reference_config).layers} layers',
+        f'reference  {parts.config.reference.source}: {_count(reference)} parameters',
+        f'value      {parts.value_config.kind}-type, {parts.distribution.kind} head, {layers} layers: '
+        f'{_count(fitted)} parameters',
         f'prompts    {len(prompts)} to train on, the first of {len(first)} tokens: {prompts.texts[0]!r}, '
         f'ids {first[:16]}{"…" if len(first) > 16 else ""}',
         f'reward     {parts.reward.spec}',
@@ -39,51 +41,39 @@ def run(parts: Experiment) -> str:
     ])
 
 
-def plan(config: ml_collections.ConfigDict) -> str:
-    """Returns the whole config with parameter counts, shapes and memory, without loading or writing anything.
+def plan(parts: Experiment) -> str:
+    """Returns the whole config with parameter counts, shapes and memory. Nothing is loaded, made or written.
 
-    Raises:
-      ValueError: as a run would, for what can be known before it starts.
+    Args:
+      parts: an outline.
     """
-    mesh = sharding.make_mesh(**config.mesh)
-    shape, tokenizer = _shape(config)
-    value = config.value
-    distribution = categorical.make(value.head, value.v_min, value.v_max, value.num_atoms, value.projection,
-                                    value.sigma)
-    value_config = value_config_of(config, distribution)
-    trunk = value_lib.trunk_config(value_config, shape)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    reference = jax.eval_shape(lambda key: transformer.init_params(key, shape), key)
-    fitted = jax.eval_shape(
-        lambda key, params: value_lib.init_value_params(key, value_config, params, shape), key, reference)
-    for name, rows in (('collect.batch_rows', config.collect.batch_rows), ('eval.batch_rows', config.eval.batch_rows),
-                       ('fit.batch_size', config.fit.batch_size)):
-        sharding.check_divisible(rows, mesh, name)
-    train = prompts_lib.load(config.task, 'train', tokenizer)
-    width = units.prompt_width(train)
-    slots = width + config.sampling.max_new_tokens * (2 if config.collect.budget == 'fresh' else 1)
+    config, mesh, shape = parts.config, parts.mesh, parts.reference_config
+    trunk = value_lib.trunk_config(parts.value_config, shape)
+    reference, fitted = _shapes(parts)
+    made, prompts, width = _training_prompts(parts)
+    slots = width + parts.rollout.buffer
     rows = max(config.collect.batch_rows, config.eval.batch_rows)
     shards = sharding.batch_shards(mesh)
     parameters = {
         'reference': sharding.bytes_per_device(mesh, transformer.logical_axes(shape), reference),
-        'value': sharding.bytes_per_device(mesh, value_lib.logical_axes(value_config, shape), fitted),
+        'value': sharding.bytes_per_device(mesh, parts.value_axes, fitted),
     }
     memory = {
         'reference parameters': parameters['reference'],
         'value parameters': parameters['value'],
-        'optimizer moments': _MOMENTS * parameters['value'],
+        'optimizer moments, gradients': _COPIES * parameters['value'],
         f'reference cache, {rows} rows x {slots} slots': _cache_bytes(shape, rows, slots) / shards,
         f'value cache, {rows} rows x {slots} slots': _cache_bytes(trunk, rows, slots) / shards,
     }
-    examples = config.collect.examples or len(train)
     lines = [
         config_lib.to_json(config), '',
         f'devices              {mesh.size}, ' + ', '.join(f'{axis}={size}' for axis, size in mesh.shape.items()),
         f'reference            {_count(reference)} parameters, {shape.layers} layers of width {shape.width}',
         f'value network        {_count(fitted)} parameters, {trunk.layers} layers, '
-        f'{distribution.num_scores} score(s) a token',
-        f'training prompts     {len(train)}, up to {width} tokens',
-        f'collected a pass     {examples} prompts x {config.collect.samples} answers',
+        f'{parts.distribution.num_scores} score(s) a token',
+        f'training prompts     {prompts}, up to {width} tokens'
+        + ('' if made else ' (as configured: the files of the task are not made yet)'),
+        f'collected a pass     {config.collect.examples or prompts} prompts x {config.collect.samples} answers',
         f'decoded at once      {config.collect.batch_rows} rows (collect), {config.eval.batch_rows} rows (evaluate)',
         f'fitted a step        {config.fit.batch_size} rows of up to {config.fit.samples_per_row} answers',
         '', 'memory per device, activations not counted:',
@@ -93,14 +83,25 @@ def plan(config: ml_collections.ConfigDict) -> str:
     return '\n'.join(lines)
 
 
-def _shape(config: ml_collections.ConfigDict) -> tuple[TransformerConfig, tokenizers.Tokenizer]:
-    """Returns the reference's shape and tokenizer; a file's head is read, its weights are not."""
-    if config.reference.source == 'pretrain':
-        tokenizer = pretraining.tokenizer_of(config)
-        return pretraining.model_shape(config.reference, tokenizer.vocab_size, config.task.max_prompt_tokens), tokenizer
-    file = pretrained.open_gguf(config.reference.source)
-    shape = dataclasses.replace(file.config, dtype=jnp.dtype(config.reference.dtype))
-    return shape, tokenizers.from_gguf(file.metadata)
+def _shapes(parts: Experiment) -> tuple[Params, Params]:
+    """Returns the shapes of the reference's parameters and of the value network's."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    reference = jax.eval_shape(lambda key: transformer.init_params(key, parts.reference_config), key)
+    return reference, jax.eval_shape(
+        lambda key, params: value_lib.init_value_params(key, parts.value_config, params, parts.reference_config),
+        key, reference)
+
+
+def _training_prompts(parts: Experiment) -> tuple[bool, int, int]:
+    """Returns whether the task's files are made, and how many training prompts there are of at most how many tokens.
+
+    Files that are not there are not made: the config then says how many, and what their longest may be.
+    """
+    task = parts.config.task
+    if prompts_lib.task_config(task).builder(task.data_dir).is_prepared():
+        train = parts.prompts('train')
+        return True, len(train), units.prompt_width(train)
+    return False, task[task.name].train_examples, units.round_up(task.max_prompt_tokens, 8)
 
 
 def _cache_bytes(config: TransformerConfig, rows: int, slots: int) -> float:
@@ -110,4 +111,4 @@ def _cache_bytes(config: TransformerConfig, rows: int, slots: int) -> float:
 
 def _count(tree: Any) -> str:
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-    return f'{total / 1e6:.1f} M' if total < 1e9 else f'{total / 1e9:.2f} B'
+    return f'{total:,}' if total < 1e6 else f'{total / 1e6:.1f} M' if total < 1e9 else f'{total / 1e9:.2f} B'

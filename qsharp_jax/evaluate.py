@@ -86,16 +86,42 @@ def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int], p
             path = directory / f'block_{number:05d}.jsonl'
             chosen = which[first:first + block_examples]
             if path.exists():
-                done = [json.loads(line) for line in path.read_text().splitlines()]
+                done = _read_block(experiment, prompts, path)
             else:
                 done = []
                 for batch in units.batches(prompts, chosen, samples, len(policies), batch_rows, width):
                     done += _answer(experiment, prompts, policies, value_params, split, batch)
                 done.sort(key=lambda row: (row['policy'], row['id'], row['sample']))
-                replace_text(path, ''.join(json.dumps(row) + '\n' for row in done))
+                _write(path, done)
             rows += done
             bar.update(len(done))
     return rows
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    replace_text(path, ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def _read_block(experiment: Experiment, prompts: Prompts, path: Path) -> list[Row]:
+    """Returns the rows of a finished block, with new rewards if the code of the reward has changed since."""
+    try:
+        rows: list[Row] = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+        old = [row for row in rows if row['reward_digest'] != experiment.reward.digest]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f'{path} is damaged ({type(error).__name__}: {error}). Delete it: the same command then makes '
+                         'it again.') from error
+    if old:
+        place = {int(example): index for index, example in enumerate(prompts.ids)}
+        rewards = grade(experiment, prompts, np.array([place[row['id']] for row in old]), [row['text'] for row in old])
+        for row, reward in zip(old, rewards, strict=True):
+            row.update(reward=_number(reward), reward_digest=experiment.reward.digest)
+        _write(path, rows)
+    return rows
+
+
+def _number(value: float) -> float | None:
+    """Returns a value as JSON has it: None for NaN."""
+    return None if math.isnan(value) else float(value)
 
 
 def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluated], value_params: Params, split: str,
@@ -123,8 +149,8 @@ def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluat
             'id': int(prompts.ids[batch.index[i]]), 'sample': int(batch.units.samples[i]),
             'prompt': prompts.texts[batch.index[i]], 'text': texts[i], 'tokens': [int(t) for t in answer],
             'answer_tokens': experiment.tokenizer.pieces(answer),
-            'values': [None if math.isnan(v) else float(v) for v in value],
-            'reward': None if math.isnan(rewards[i]) else float(rewards[i]),
+            'values': [_number(v) for v in value],
+            'reward': _number(rewards[i]), 'reward_digest': experiment.reward.digest,
             'kl': float(kl[i]), 'truncated': not bool(ended[i]), 'seconds': seconds,
         })
     return rows
@@ -161,10 +187,13 @@ def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float) -> Row:
     table = by_example(rows, v_min)
     rewards, kl = table['reward'], table['kl']
     k = min(k, rewards.shape[1])
-    majority = estimators.majority(table['text'], rewards)
+    # As many votes of k as there are answers for: more voters than k would be another metric.
+    votes = np.stack([
+        estimators.majority([texts[first:first + k] for texts in table['text']], rewards[:, first:first + k])
+        for first in range(0, rewards.shape[1] - k + 1, k)], axis=1)
     mean, error = estimators.mean_and_se(rewards)
     kl_mean, kl_error = estimators.mean_and_se(kl)
-    vote, vote_error = estimators.mean_and_se(majority[:, None])
+    vote, vote_error = estimators.mean_and_se(votes)
     return {
         'pass@1': mean, 'pass@1_se': error, 'pass@k': estimators.pass_at_k(rewards >= v_max, k), 'maj@k': vote,
         'maj@k_se': vote_error, 'k': k, 'kl': kl_mean, 'kl_se': kl_error,
@@ -178,7 +207,7 @@ def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float) -> Row:
 
 
 def by_example(rows: Sequence[Row], v_min: float) -> dict[str, Any]:
-    """Returns {'id': [N], 'reward': [N, M], 'kl': [N, M], 'text': N lists of M} of one policy's rows, in order of id."""
+    """Returns {'id': [N], 'reward': [N, M], 'kl': [N, M], 'text': N lists of M} of one policy's rows, by id."""
     grouped: dict[int, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row['id'], row['sample'])):
         grouped.setdefault(row['id'], []).append(row)
@@ -197,4 +226,3 @@ def compare(rows: Sequence[Row], baseline: Sequence[Row], v_min: float) -> tuple
     if first['id'] != second['id']:
         raise ValueError('a paired comparison needs both policies on the same examples.')
     return estimators.paired_difference(first['reward'], second['reward'])
-

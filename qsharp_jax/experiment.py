@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from qsharp_jax import categorical, checkpoint, decoding, references, rewards, sharding
+from qsharp_jax import categorical, checkpoint, decoding, references, rewards, sharding, units
 from qsharp_jax.categorical import ReturnDistribution
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.data.prompts import Prompts
@@ -28,7 +29,7 @@ _CANARIES = 4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """One run's parts. Built by `build`; nothing in it changes.
+    """One run's parts. `outline` makes all of them but the weights of the reference, which `load` adds.
 
     Attributes:
       config: the locked configuration.
@@ -36,8 +37,8 @@ class Experiment:
       mesh: the devices.
       tokenizer: text to ids and back.
       reference_config: shape of the reference.
-      reference_params: its parameters, on the mesh.
-      reference_digest: hash of its weights.
+      reference_params: its parameters, on the mesh; None in an outline.
+      reference_digest: names its weights.
       reference: π_ref.
       value_config: how the value network is cut from the reference.
       value_shape: shape of the trunk it is cut from.
@@ -45,6 +46,7 @@ class Experiment:
       distribution: how its scores are read.
       reward: what an answer earns.
       eos_ids: every token that ends an answer.
+      splits: prompts of the splits that were asked for so far; see `prompts`.
     """
 
     config: ml_collections.ConfigDict
@@ -61,6 +63,7 @@ class Experiment:
     distribution: ReturnDistribution
     reward: rewards.Reward
     eos_ids: tuple[int, ...]
+    splits: dict[str, Prompts] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def rollout(self) -> RolloutConfig:
@@ -96,10 +99,11 @@ class Experiment:
             ids = ids[:-1]
         return self.tokenizer.decode(ids)
 
-    @functools.cache  # noqa: B019  one experiment lives as long as its process
     def prompts(self, split: str) -> Prompts:
         """Returns the prompts of a split."""
-        return prompts_lib.load(self.config.task, split, self.tokenizer)
+        if split not in self.splits:
+            self.splits[split] = prompts_lib.load(self.config.task, split, self.tokenizer)
+        return self.splits[split]
 
     @functools.cached_property
     def value_axes(self) -> Any:
@@ -140,43 +144,96 @@ class Experiment:
         }
 
 
-def build(config: ml_collections.ConfigDict, workdir: Path) -> Experiment:
-    """Returns the experiment that a checked config describes, with its reference loaded or pre-trained.
+def outline(config: ml_collections.ConfigDict, workdir: Path) -> Experiment:
+    """Returns the experiment that a checked config describes without the reference's weights: `load` adds them.
+
+    Nothing is computed or written. Whatever can be known to be wrong before anything costly is refused here.
 
     Raises:
       ValueError: a package, file, or device is missing, or keys do not fit each other; in words.
     """
     mesh = sharding.make_mesh(**config.mesh)
-    loaded = references.load(config, workdir, mesh)
-    shape = loaded.config
-    eos_ids = prompts_lib.eos_ids(config.task, loaded.tokenizer)
+    shape, tokenizer = references.outline(config)
     value = config.value
     distribution = categorical.make(value.head, value.v_min, value.v_max, value.num_atoms, value.projection,
                                     value.sigma)
-    value_config = value_config_of(config, distribution)
+    value_config = value_lib.ValueConfig(
+        num_scores=distribution.num_scores, kind=value.type, init=value.init, layers=value.layers or None,
+        extra_layers=value.extra_layers, extra_input=value.extra_input, head_init=value.head_init)
     if config.guidance.candidates > shape.vocab_size:
         raise ValueError(f'guidance.candidates is {config.guidance.candidates}, but the vocabulary has '
                          f'{shape.vocab_size} tokens: lower it.')
+    layers = value_lib.trunk_config(value_config, shape).layers
+    if config.fit.frozen_layers > layers:
+        raise ValueError(f'fit.frozen_layers is {config.fit.frozen_layers}, but the value network has {layers} layers.')
+    _check_rows(config, mesh)
+    _check_splits(config)
     value_shape = dataclasses.replace(shape, dtype=jnp.dtype(value.dtype), remat=value.remat)
-    value_network = networks.value(value_shape, value_config)
-    if config.guidance.outside == 'soft_bellman' and not value_network.scores_root:
-        raise ValueError("guidance.outside 'soft_bellman' reads the value of the last token, which value.type 'q' does "
-                         "not score: use value.type 'v' or another rule.")
-    parts = Experiment(
-        config=config, workdir=workdir, mesh=mesh, tokenizer=loaded.tokenizer, reference_config=shape,
-        reference_params=loaded.params, reference_digest=loaded.digest, reference=networks.reference(shape),
-        value_config=value_config, value_shape=value_shape, value=value_network, distribution=distribution,
-        reward=rewards.load(config.reward), eos_ids=eos_ids)
+    return Experiment(
+        config=config, workdir=workdir, mesh=mesh, tokenizer=tokenizer, reference_config=shape,
+        reference_params=None, reference_digest='', reference=networks.reference(shape), value_config=value_config,
+        value_shape=value_shape, value=networks.value(value_shape, value_config), distribution=distribution,
+        reward=rewards.load(config.reward), eos_ids=prompts_lib.eos_ids(config.task, tokenizer))
+
+
+def load(parts: Experiment) -> Experiment:
+    """Returns the experiment with its reference, loaded or pre-trained; the reward is tried out before that.
+
+    Raises:
+      ValueError: the weights are missing or damaged, the reward does not work, or prompts and answers do not fit.
+    """
+    prompts = parts.prompts('train')
+    asked = parts.config.collect.examples
+    if asked > len(prompts):
+        raise ValueError(f'collect.examples is {asked}, but the train split has {len(prompts)} prompts that can be '
+                         'asked: lower it, or enlarge the split.')
+    _check_warmup(parts.config, asked or len(prompts))
+    needed = units.prompt_width(prompts) + parts.rollout.buffer
+    if needed > parts.reference_config.max_positions:
+        raise ValueError(f'the longest prompt and answer take {needed} positions, and the reference has '
+                         f'{parts.reference_config.max_positions}: lower sampling.max_new_tokens, which is '
+                         f'{parts.config.sampling.max_new_tokens}, or task.max_prompt_tokens.')
     _grade_canaries(parts)
-    return parts
+    params, digest = references.load(
+        parts.config, parts.reference_config, parts.tokenizer, parts.workdir, parts.mesh)
+    return dataclasses.replace(parts, reference_params=params, reference_digest=digest)
 
 
-def value_config_of(config: ml_collections.ConfigDict, distribution: ReturnDistribution) -> value_lib.ValueConfig:
-    """Returns how the value network is cut from the reference."""
-    value = config.value
-    return value_lib.ValueConfig(
-        num_scores=distribution.num_scores, kind=value.type, init=value.init, layers=value.layers or None,
-        extra_layers=value.extra_layers, head_init=value.head_init)
+def _check_rows(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raises ValueError unless every batch splits evenly over the devices."""
+    for name, rows in (('collect.batch_rows', config.collect.batch_rows), ('eval.batch_rows', config.eval.batch_rows)):
+        sharding.check_divisible(rows, mesh, name)
+    # Each part of a batch whose gradient is accumulated is split over the devices by itself.
+    sharding.check_divisible(config.fit.batch_size // config.fit.accumulate, mesh,
+                             'fit.batch_size' + ' / fit.accumulate' * (config.fit.accumulate > 1))
+    if config.reference.source == 'pretrain':
+        sharding.check_divisible(config.reference.pretrain.batch_size, mesh, 'reference.pretrain.batch_size')
+
+
+def _check_warmup(config: ml_collections.ConfigDict, examples: int) -> None:
+    """Raises ValueError if a warm-up would take all the steps of the pre-training, or all that the first fit can have.
+
+    Found at the fit, it would cost what was collected: a run's fit cannot be changed.
+    """
+    fit = config.fit
+    train = examples - max(round(fit.heldout_fraction * examples), 1 if fit.heldout_fraction else 0)
+    rows = train * math.ceil(config.collect.samples / fit.samples_per_row)
+    most = {'fit': (fit, math.ceil(fit.epochs * math.ceil(rows / fit.batch_size)))}
+    if config.reference.source == 'pretrain':
+        most['reference.pretrain'] = config.reference.pretrain, config.reference.pretrain.steps
+    for name, (section, steps) in most.items():
+        if section.schedule == 'cosine' and section.warmup_steps >= steps:
+            raise ValueError(f"{name}.warmup_steps is {section.warmup_steps}, and all the steps there are may be "
+                             f"{steps}: with {name}.schedule 'cosine' the warm-up must be shorter.")
+
+
+def _check_splits(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError if more examples of a split are evaluated than it is made with."""
+    sizes = config.task[config.task.name]
+    for key, split in (('examples', config.eval.split), ('select_examples', config.eval.select_split)):
+        if split and config.eval[key] > sizes[f'{split}_examples']:
+            raise ValueError(f'eval.{key} is {config.eval[key]}, but task.{config.task.name}.{split}_examples is '
+                             f'{sizes[f"{split}_examples"]}: lower the one, or raise the other.')
 
 
 def _grade_canaries(parts: Experiment) -> None:

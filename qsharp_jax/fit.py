@@ -79,6 +79,7 @@ def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> P
     checkpoint.save_params(directory, state.params, {**experiment.value_meta(), 'iteration': iteration,
                                                      'dataset': digest, 'steps': steps})
     saved.close()
+    writer.close()
     return state.params
 
 
@@ -157,7 +158,8 @@ def write_calibration(experiment: Experiment, iteration: int, quality: learner.F
                                                ('difference', found.difference))}}
             for column, eta in enumerate(etas)
             for found in [calibration.weight_calibration(
-                predictions.log_weight[:, column], predictions.reward, predictions.weight, predictions.row, eta, high)]
+                predictions.log_weight[:, column], predictions.reward, predictions.weight, predictions.example, eta,
+                high)]
         ],
     }
     path = experiment.workdir / 'calibration' / f'iteration_{iteration}.json'
@@ -170,7 +172,8 @@ def write_calibration(experiment: Experiment, iteration: int, quality: learner.F
 def _reliability(experiment: Experiment, quality: learner.FitEvaluation) -> calibration.Reliability:
     predictions, support = quality.predictions, experiment.distribution
     return calibration.reliability(
-        predictions.mean, predictions.reward, predictions.weight, predictions.row, support.v_min, support.v_max)
+        predictions.mean, predictions.reward, predictions.weight, predictions.example, support.v_min,
+        support.v_max)
 
 
 def _loss_at(predictions: learner.Predictions, position: int) -> float:

@@ -9,7 +9,6 @@ import numpy as np
 
 from qsharp_jax import decoding, evaluate, sharding, train, units
 from qsharp_jax.data import prompts as prompts_lib
-from qsharp_jax.data.prompts import Prompts
 
 
 def run(workdir: Path, questions: Sequence[str], eta: float | None = None, iteration: int = 0, samples: int = 1,
@@ -32,27 +31,29 @@ def run(workdir: Path, questions: Sequence[str], eta: float | None = None, itera
         raise ValueError('there is no prompt: give --prompt, or one prompt a line on standard input.')
     if samples < 1:
         raise ValueError(f'--samples is {samples}; it must be at least 1.')
+    if eta is not None and not eta > 0:
+        raise ValueError(f'--eta is {eta:g}; it must be above 0 (inf is the reference itself).')
     parts, _, values = train.open_run(Path(workdir), iteration)
     config = parts.config
     eta = float(config.eta) if eta is None else eta
-    if not eta > 0:
-        raise ValueError(f'--eta is {eta:g}; it must be above 0 (inf is the reference itself).')
     task = config.task
     records = [{'id': number, 'question': question} for number, question in enumerate(questions)]
     prompts = prompts_lib.from_records(
         records, parts.tokenizer, template='{question}' if raw else task.template, prefix='' if raw else task.prefix,
         chat=task.chat and not raw, max_prompt_tokens=task.max_prompt_tokens)
+    if prompts.too_long:
+        raise ValueError(f'the prompt {questions[prompts.too_long[0]]!r} has more than task.max_prompt_tokens = '
+                         f'{task.max_prompt_tokens} tokens: shorten it.')
     how = parts.guidance(config.guidance.offset) if math.isfinite(eta) else decoding.Guidance()
-    # Nothing is compared here, so the batch is as small as the devices allow.
-    rows = sharding.pad_rows(len(prompts) * samples, parts.mesh)
-    batch, = units.batches(prompts, range(len(prompts)), samples, 1, rows, units.prompt_width(prompts))
+    # Nothing is compared here, so a batch is as small as the devices allow.
+    rows = min(sharding.pad_rows(len(prompts) * samples, parts.mesh), config.eval.batch_rows)
     policy = parts.policy(np.full(rows, eta), np.full(rows, config.sampling.temperature))
-    state = evaluate.write_answers(parts, how, values, policy, batch, seed)
-    tokens, count = sharding.to_host((state.tokens, state.count))
     answers: list[list[str]] = [[] for _ in questions]
-    for row in range(batch.real):
-        text = parts.answer_text(tokens[row, :count[row]])
-        answers[int(prompts.ids[batch.index[row]])].append(text)
+    for batch in units.batches(prompts, range(len(prompts)), samples, 1, rows, units.prompt_width(prompts)):
+        state = evaluate.write_answers(parts, how, values, policy, batch, seed)
+        tokens, count = sharding.to_host((state.tokens, state.count))
+        for row in range(batch.real):
+            answers[batch.index[row]].append(parts.answer_text(tokens[row, :count[row]]))
     for question, texts in zip(questions, answers, strict=True):
         for text in texts:
             print(f'{question} {text}' if not raw else f'{question}{text}')

@@ -136,7 +136,7 @@ def offsets(sampler_log_probs: Array, log_weight: Array, scored: Array, root_log
         rest = jnp.where(inside_mass > -jnp.inf, inside_weight - inside_mass, 0.0)
         if outside == 'soft_bellman':
             outside_mass = _log_sum(sampler_log_probs, ~scored)
-            root = root_log_weight[:, None] - best
+            root = jnp.where(jnp.isneginf(best), 0.0, root_log_weight[:, None] - best)
             left = jnp.where(inside_weight >= root, -jnp.inf, root + jnp.log1p(-jnp.exp(inside_weight - root)))
             untold = first_token[:, None] | (outside_mass < jnp.log(_MIN_OUTSIDE_MASS))
             rest = jnp.where(untold, rest, left - outside_mass)

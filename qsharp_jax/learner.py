@@ -107,18 +107,18 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Returns the optimizer; it tells layers, head, biases and norms by the names in parameters' paths."""
-    rate = learning_rate(config)
+    direction = optax.scale_by_adam(config.b1, config.b2)
     if config.optimizer == 'muon':
-        direction = optax.contrib.muon(
-            rate, weight_decay=config.weight_decay, weight_decay_mask=_decayed, adam_b1=config.b1,
-            adam_b2=config.b2, adam_weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=_matrices, consistent_rms=0.2)
-    else:
-        direction = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_decayed)
+        # optax's own mixture of the two would let Adam's part decay biases.
+        muon = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_matrices, consistent_rms=0.2)
+        both = {'muon': optax.chain(muon, optax.scale(-1.0)), 'adam': direction}
+        direction = optax.partition(both, _labels)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,
+        optax.add_decayed_weights(config.weight_decay, _decayed),
         optax.masked(optax.scale(config.head_lr_multiplier), _heads),
+        optax.scale_by_learning_rate(learning_rate(config)),
     )
 
 
@@ -190,8 +190,8 @@ def make_update(
         metrics = {
             'loss': loss,
             'accuracy': accuracy,
-            'grad_norm': optax.global_norm(grads),
-            'update_norm': optax.global_norm(updates),
+            'grad_norm': optax.tree.norm(grads),
+            'update_norm': optax.tree.norm(updates),
             'learning_rate': jnp.asarray(rate(state.step), jnp.float32),
         }
         return LearnerState(state.step + 1, params, opt_state), metrics
@@ -212,7 +212,7 @@ class Predictions:
       position: of the token in its answer, from 0.  # [N]
       loss: as in the fit.  # [N]
       weight: its share in its sample's loss; they sum to 1 over a sample.  # [N]
-      row: number of the row it stood in, counted over all batches. A row has samples of one example.  # [N]
+      example: a number for each prompt, from 0 in the order of the batches.  # [N]
     """
 
     mean: np.ndarray
@@ -221,7 +221,7 @@ class Predictions:
     position: np.ndarray
     loss: np.ndarray
     weight: np.ndarray
-    row: np.ndarray
+    example: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,13 +285,16 @@ def evaluate_loss(
     Raises ValueError when no batch holds a token with a loss.
     """
     kept: list[dict[str, np.ndarray]] = []
-    rows = 0
+    examples: dict[bytes, int] = {}
     for batch in batches:
-        out = sharding.to_host(predict(params, batch))
-        out |= sharding.to_host(
-            {'reward': batch.rewards, 'position': batch.positions, 'weight': batch.weights})
-        out['row'] = np.broadcast_to(rows + np.arange(len(out['weight']))[:, None], out['weight'].shape)
-        rows += len(out['weight'])
+        out, batch = sharding.to_host((predict(params, batch), batch))
+        # An example may take several rows, in several batches: its prompt says which.
+        prompt = batch.segments == 0
+        rows = [examples.setdefault(tokens[of].tobytes(), len(examples))
+                for tokens, of in zip(batch.tokens, prompt)]
+        out['example'] = np.broadcast_to(np.array(rows)[:, None], prompt.shape)
+        out['position'] = batch.positions - prompt.sum(axis=1, keepdims=True)
+        out['reward'], out['weight'] = batch.rewards, batch.weights
         kept.append({name: array[out['weight'] > 0] for name, array in out.items()})
     if not any(len(part['weight']) for part in kept):
         raise ValueError('there is no held-out sample to judge the value network on: hold out more examples.')
@@ -367,6 +370,10 @@ def _matrices(params: Params) -> Any:
         return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(view, params)
+
+
+def _labels(params: Params) -> Any:
+    return jax.tree.map(lambda _, view: 'adam' if view is None else 'muon', params, _matrices(params))
 
 
 def _split(params: Params, config: OptimizerConfig) -> tuple[Params, Params]:

@@ -3,9 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
@@ -18,28 +16,28 @@ from qsharp_jax.models.transformer import TransformerConfig
 from qsharp_jax.types import Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A language model ready to be sampled from.
+def outline(config: ml_collections.ConfigDict) -> tuple[TransformerConfig, tokenizers.Tokenizer]:
+    """Returns shape and tokenizer of the reference that `config.reference` names; of a file, only the head is read.
 
-    Attributes:
-      config: its shape.
-      params: its parameters, on the mesh.
-      tokenizer: text to ids and back.
-      digest: hash of its weights.
+    Raises:
+      ValueError: the file or its package is missing or damaged, or the task has no corpus to train on.
     """
+    if config.reference.source == 'pretrain':
+        tokenizer = pretraining.tokenizer_of(config)
+        return pretraining.model_shape(config, tokenizer.vocab_size), tokenizer
+    file = pretrained.open_gguf(config.reference.source)
+    return (dataclasses.replace(file.config, dtype=jnp.dtype(config.reference.dtype)),
+            tokenizers.from_gguf(file.metadata))
 
-    config: TransformerConfig
-    params: Params
-    tokenizer: tokenizers.Tokenizer
-    digest: str
 
-
-def load(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh) -> Loaded:
-    """Returns the reference that `config.reference` names, on the mesh.
+def load(config: ml_collections.ConfigDict, shape: TransformerConfig, tokenizer: tokenizers.Tokenizer, workdir: Path,
+         mesh: Mesh) -> tuple[Params, str]:
+    """Returns the parameters of the reference, on the mesh, and a digest that names them.
 
     Args:
       config: of the run.
+      shape: from `outline`.
+      tokenizer: from `outline`.
       workdir: where a reference that is pre-trained here is kept.
       mesh: the devices.
 
@@ -47,10 +45,8 @@ def load(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh) -> Loaded
       ValueError: the weights are missing or damaged.
     """
     if config.reference.source == 'pretrain':
-        return Loaded(*pretraining.load_or_train(config, workdir, mesh))
+        return pretraining.load_or_train(config, shape, tokenizer, workdir, mesh)
     file = pretrained.open_gguf(config.reference.source)
-    shape = dataclasses.replace(file.config, dtype=jnp.dtype(config.reference.dtype))
     host = pretrained.load_params(file)
     shardings = sharding.param_shardings(mesh, transformer.logical_axes(shape), host)
-    return Loaded(shape, sharding.shard_params(host, shardings), tokenizers.from_gguf(file.metadata),
-                  file.fingerprint)
+    return sharding.shard_params(host, shardings), file.fingerprint

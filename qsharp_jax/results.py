@@ -82,7 +82,8 @@ class Evaluation:
     def run(self, iteration: int, values: Params) -> None:
         """Adds the rows of every policy of an iteration to results.jsonl.
 
-        The eta with the best pass@1 on the selection split is marked in the rows of every split (`selected`).
+        The eta with the best pass@1 on the selection split, of equals the weakest guidance, is marked in the rows of
+        every split (`selected`).
 
         Args:
           iteration: 0 for the reference, else that of the value network.
@@ -95,7 +96,7 @@ class Evaluation:
                 self._answer(group, values, split)
                 rows = [self._row(evaluated, split) for evaluated in group]
                 if split == plan.select_split:
-                    best = max(rows, key=lambda row: row['pass@1'])['eta']
+                    best = max(rows, key=lambda row: (row['pass@1'], row['eta']))['eta']
                 for row in rows:
                     row['selected'] = row['eta'] == (float(self._parts.config.eta) if best is None else best)
                 self._results.add(rows)

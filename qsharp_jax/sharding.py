@@ -229,6 +229,22 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(put, batch)
 
 
+def constrain_rows(tree: Any, like: jax.Array) -> Any:
+    """Returns `tree`, inside jit, with the leading axis of each array split as `shard_batch` splits rows.
+
+    Arrays that a jitted function makes itself, or gathers from ones that are whole on every device, have no layout
+    of their own, and the compiler may well keep them whole.
+
+    Args:
+      tree: of arrays with rows as leading axis.
+      like: an argument of the jitted function that tells the mesh; off a mesh, `tree` is returned as it is.
+    """
+    mesh = jax.typeof(like).sharding.mesh
+    if not set(BATCH_AXES) <= set(mesh.axis_names):
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+
+
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """Returns `tree` of host arrays, the same in every process, with each array whole on every device."""
     return jax.tree.map(lambda leaf: _put(np.asarray(leaf), replicated(mesh)), tree)

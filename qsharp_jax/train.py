@@ -16,10 +16,13 @@ import ml_collections
 
 from qsharp_jax import checkpoint, collect, describe, experiment, fit, progress, report
 from qsharp_jax import config as config_lib
+from qsharp_jax.categorical import OFFSETS
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import replace_text
 from qsharp_jax.results import Evaluation, plan_of
 from qsharp_jax.types import Params
+
+_NOTHING_YET = {'config.json', 'config.json.tmp', 'timings.json', 'timings.json.tmp'}
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, dry_run: bool = False) -> Path | None:
@@ -32,12 +35,14 @@ def run(config: ml_collections.ConfigDict, workdir: str, dry_run: bool = False) 
     """
     directory = Path(workdir)
     progress.set_seconds_between_lines(config.logging.progress_seconds)
+    parts = experiment.outline(config, directory)
     if dry_run:
-        print(describe.plan(config))
+        print(describe.plan(parts))
         return None
     prepare(config, directory)
-    parts = experiment.build(config, directory)
     print(describe.run(parts), flush=True)
+    with timed(directory, 'reference'):
+        parts = experiment.load(parts)
 
     evaluation = Evaluation(parts, plan_of(config))
     values: Params = None
@@ -60,9 +65,13 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path) -> None:
       ValueError: the directory was written with another config, with the differences.
     """
     path = workdir / 'config.json'
-    if path.exists():
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f'--workdir {workdir} is a file: name a directory.')
+    # A run that was stopped before it made anything, by a config it could not work with perhaps, binds nobody.
+    made = {file.name for file in workdir.iterdir()} - _NOTHING_YET if workdir.exists() else set()
+    if made and path.exists():
         config_lib.check_resume(config_lib.from_json(path.read_text()), config)
-    elif workdir.is_dir() and any(workdir.iterdir()):
+    elif made:
         raise ValueError(f'--workdir {workdir} is not empty and holds no run (no config.json): choose another.')
     workdir.mkdir(parents=True, exist_ok=True)
     replace_text(path, config_lib.to_json(config) + '\n')
@@ -95,13 +104,15 @@ def open_run(workdir: Path, iteration: int = 0) -> tuple[Experiment, int, Params
     if not path.exists():
         raise ValueError(f'--workdir {workdir} holds no run: it has no config.json.')
     config = config_lib.from_json(path.read_text())
-    parts = experiment.build(config, workdir)
+    parts = experiment.outline(config, workdir)
+    # Before the reference: it would be pre-trained here if the run has not come so far.
     finished = [k for k in range(1, config.iterations + 1)
                 if (parts.value_dir(k) / checkpoint.VALUE_FILE).exists()]
     if not finished or (iteration and iteration not in finished):
         have = f'has finished {", ".join(map(str, finished))}' if finished else 'has finished none yet'
         raise ValueError(f'there is no value network of iteration {iteration or 1} in {workdir}: the run {have}.')
     chosen = iteration or finished[-1]
+    parts = experiment.load(parts)
     values, meta = checkpoint.restore_params(parts.value_dir(chosen), parts.init_value_params())
     checkpoint.check_value_meta(meta, parts.value_meta())
     return parts, chosen, values
@@ -122,6 +133,11 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
     """
     if not etas or not all(eta > 0 for eta in etas):
         raise ValueError(f'--etas is {list(etas)}; every eta must be above 0 (inf is the reference itself).')
+    if not methods or set(methods) - set(OFFSETS):
+        raise ValueError(f'--methods is {",".join(methods)!r}; it must be any of {", ".join(OFFSETS)}.')
+    for name, number in (('examples', examples), ('samples', samples)):
+        if number < 0:
+            raise ValueError(f'--{name} is {number}; it must be 0 (as the run does) or more.')
     workdir = Path(workdir)
     parts, chosen, values = open_run(workdir, iteration)
     if chosen != 1 and set(methods) - {'qsharp'}:

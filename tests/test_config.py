@@ -10,9 +10,11 @@ import tokenize
 
 import pytest
 
-from qsharp_jax import categorical, cli, config, config_rules
+from qsharp_jax import categorical, cli, config, config_rules, guidance, learner, rollout
+from qsharp_jax.models import value as value_lib
 
 ROOT = Path(__file__).resolve().parents[1]
+HEAD = 'from configs import default\n\n\ndef get_config():\n    config = default.get_config()\n'
 FILES = [f'configs/{name}.py:{size}' for name in ('arithmetic', 'star_graph') for size in ('tiny', 'small', 'paper')]
 
 
@@ -30,7 +32,11 @@ def test_every_shipped_configuration_is_valid_and_locked(spec: str) -> None:
 
 
 def test_configurations_load_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an entry point does, whose own directory is on the path and not the root."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', [entry for entry in sys.path if Path(entry or '.').resolve() != ROOT])
+    for name in ('configs', 'configs.default'):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     assert config.load(f'{ROOT}/configs/arithmetic.py:tiny').task.name == 'arithmetic'
 
 
@@ -64,7 +70,7 @@ def test_every_default_is_explained() -> None:
 def test_override(key: str, text: str, value: object) -> None:
     loaded = config.load('configs/default.py', [(key, text)])
     found = config.flatten(loaded)[key]
-    assert found == value and type(found) is type(value)
+    assert repr(found) == repr(value), 'equal, and of one type'
 
 
 def test_an_emptied_list_keeps_its_type() -> None:
@@ -121,6 +127,7 @@ def test_wrong_types_are_refused_in_words(key: str, text: str) -> None:
     ({'fit.accumulate': '0'}, 'config.fit.accumulate is 0'),
     ({'fit.heldout_fraction': '1'}, 'config.fit.heldout_fraction is 1'),
     ({'task.arithmetic.two_digit_share': '2'}, 'two_digit_share is 2'),
+    ({'reference.pretrain.random_arm_share': '-1'}, 'random_arm_share is -1'),
     ({'eval.samples': '2'}, 'a vote needs that many answers'),
     ({'mesh.fsdp': '-1'}, 'only one may be -1'),
     ({'mesh.tensor': '0'}, 'every size must be at least 1'),
@@ -149,35 +156,54 @@ def test_every_number_has_a_range_and_every_rule_a_key() -> None:
     ranged = {*config_rules.CHOICES, *config_rules._ITEM_CHOICES, *config_rules._ABOVE_ZERO, *config_rules._AT_LEAST}
     assert ranged <= set(keys)
     by_hand = {'seed', 'task.arithmetic.seed', 'task.star_graph.seed', 'eta', 'collect.eta', 'sampling.top_p',
-               'task.arithmetic.two_digit_share', 'fit.heldout_fraction', 'value.v_min', 'value.v_max', 'mesh.data',
-               'mesh.fsdp', 'mesh.tensor'}
+               'task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share', 'fit.heldout_fraction',
+               'value.v_min', 'value.v_max', 'mesh.data', 'mesh.fsdp', 'mesh.tensor'}
     numbers = {key for key, value in keys.items() if type(value) in (int, float)}
     assert numbers - ranged == by_hand
 
 
-def test_choices_are_those_of_the_library() -> None:
-    assert set(config_rules.CHOICES['value.head']) == set(categorical.KINDS)
-    assert set(config_rules.CHOICES['value.projection']) == set(categorical.PROJECTIONS)
-    assert set(config_rules.CHOICES['guidance.offset']) == set(categorical.OFFSETS)
+@pytest.mark.parametrize('key, choices', [
+    ('collect.budget', rollout.BUDGETS),
+    ('collect.cut', rollout.CUTS),
+    ('fit.optimizer', learner.OPTIMIZERS),
+    ('fit.schedule', learner.SCHEDULES),
+    ('guidance.offset', categorical.OFFSETS),
+    ('guidance.order', guidance.ORDERS),
+    ('guidance.outside', guidance.OUTSIDE),
+    ('reference.pretrain.optimizer', learner.OPTIMIZERS),
+    ('reference.pretrain.schedule', learner.SCHEDULES),
+    ('value.extra_input', value_lib.EXTRA_INPUTS),
+    ('value.head', categorical.KINDS),
+    ('value.head_init', value_lib.HEAD_INITS),
+    ('value.init', value_lib.INITS),
+    ('value.projection', categorical.PROJECTIONS),
+    ('value.type', value_lib.KINDS),
+])
+def test_choices_are_those_of_the_library(key: str, choices: tuple[str, ...]) -> None:
+    assert set(config_rules.CHOICES[key]) == set(choices)
 
 
 def test_a_file_with_a_misspelt_key_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / 'mine.py'
-    path.write_text('from configs import default\n\n\ndef get_config():\n    config = default.get_config()\n'
-                    '    config.collect.sampels = 4\n    return config\n')
+    path.write_text(HEAD + '    config.collect.sampels = 4\n    return config\n')
     with pytest.raises(ValueError, match='line 6.*sampels'):
         config.load(str(path))
 
 
 def test_a_file_of_other_keys_is_refused(tmp_path: Path) -> None:
     path = tmp_path / 'mine.py'
-    path.write_text('from configs import default\n\n\ndef get_config():\n    config = default.get_config()\n'
-                    '    config.unlock()\n    config.colour = 1\n    return config\n')
+    path.write_text(HEAD + '    config.unlock()\n    config.colour = 1\n    return config\n')
     with pytest.raises(ValueError, match='there is no config.colour'):
         config.load(str(path))
     path.write_text('import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict()\n')
     with pytest.raises(ValueError, match='config.seed is missing|config.checkpoint.keep is missing'):
         config.load(str(path))
+
+
+def test_a_file_cannot_leave_its_configuration_unlocked(tmp_path: Path) -> None:
+    path = tmp_path / 'mine.py'
+    path.write_text(HEAD + '    config.unlock()\n    return config\n')
+    assert config.load(str(path)).is_locked
 
 
 @pytest.mark.parametrize('spec, words', [

@@ -1,6 +1,7 @@
 """The tasks' TFDS builders: right answers, disjoint splits, exact shares, files found by what they hold."""
 from __future__ import annotations
 
+import collections
 import itertools
 import re
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from qsharp_jax.data import arithmetic, builders, star_graph
+from qsharp_jax.data import arithmetic, builders, star_graph, tokenizers
 from qsharp_jax.data.arithmetic import ArithmeticConfig
 from qsharp_jax.data.star_graph import StarGraphConfig
 
@@ -111,10 +112,26 @@ def test_star_graph_records(tmp_path):
             start, goal = question.split('/')[1].rstrip('=').split(',')
             assert len(path) == 4 and path[0] == start and path[-1] == goal
             assert {f'{a},{b}' for a, b in itertools.pairwise(path)} <= graph_of(question)
-            assert star_graph.sequence_text(record) == question + answer
     assert sorted(ids) == list(range(len(ids)))
     for one, other in itertools.combinations(graphs.values(), 2):
         assert not one & other
+
+
+def test_random_paths_are_arms_and_take_each_alike():
+    question, rng = '1,2|7,3|3,9|7,1|7,5|5,4/7,9=', np.random.default_rng(0)
+    counts = collections.Counter(star_graph.random_path(question, rng) for _ in range(600))
+    assert set(counts) == {'7,1,2', '7,3,9', '7,5,4'} and min(counts.values()) > 150
+
+
+def test_star_graph_texts_are_made_of_its_vocabulary(tmp_path):
+    config = StarGraphConfig(path_length=3, num_nodes=20, **GRAPHS)
+    tokens, end = star_graph.vocabulary(20)
+    tokenizer = tokenizers.from_vocabulary(tokens, end)
+    for record in builders.read(config, 'train', tmp_path):
+        text = record['question'] + record['answer']
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and len(ids) == 4 * 4 + 4 + 5 and not {*ids} & tokenizer.eos_ids
+    assert tokenizer.vocab_size == 25
 
 
 def test_star_graph_hides_the_right_arm():
@@ -186,6 +203,30 @@ def test_files_are_found_again_by_equal_parameters_and_by_no_other(tmp_path, con
     assert builders.read(type(config)(**given), 'train', tmp_path) == records
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*.array_record*')} == written
     assert builders.read(type(config)(**{**given, **other}), 'train', tmp_path) != records
+
+
+def test_two_processes_may_generate_the_same_records_at_once(tmp_path, monkeypatch):
+    config, drawn = ArithmeticConfig(**SIZES), []
+    original = arithmetic.problems
+
+    def overtaken(given):
+        if not drawn:
+            drawn.append(original(given))
+            assert len(builders.read(ArithmeticConfig(**SIZES), 'train', tmp_path)) == 40
+        return original(given)
+
+    monkeypatch.setattr(arithmetic, 'problems', overtaken)
+    assert len(builders.read(config, 'train', tmp_path)) == 40
+    assert not list(tmp_path.rglob('*incomplete*'))
+
+
+def test_a_full_disk_is_no_such_case(tmp_path, monkeypatch):
+    def full(config):
+        raise OSError('no space left')
+
+    monkeypatch.setattr(arithmetic, 'problems', full)
+    with pytest.raises(OSError, match='no space left'):
+        builders.read(ArithmeticConfig(**SIZES), 'train', tmp_path)
 
 
 def test_a_revision_of_the_generator_has_files_of_its_own():

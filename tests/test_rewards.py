@@ -187,7 +187,7 @@ def test_values_that_are_no_finite_numbers_name_function_row_and_text(write, val
 
 
 @pytest.mark.parametrize('result, words', [
-    ('[1, 2]', 'returned 2 values for 3 completions'), ('1.0', 'it must return a list'), ('"abc"', 'must return a list'),
+    ('[1, 2]', 'returned 2 values for 3 completions'), ('1.0', 'must return a list'), ('"abc"', 'must return a list'),
     ('None', 'must return a list'), ('{"a": 1}', 'must return a list'), ('(x for x in [1])', 'must return a list')])
 def test_results_that_are_no_list_of_one_value_a_row_are_refused_always(write, result, words):
     spec = write(f'def f(completions):\n    return {result}\n')
@@ -236,7 +236,8 @@ def test_a_column_that_is_not_there_is_named(write):
 def test_verl_prefers_its_own_columns(write):
     spec = write('def f(data_source, solution_str, ground_truth, extra_info):\n'
                  '    return len(data_source) + int(ground_truth)\n')
-    assert score(spec, columns={**COLUMNS, 'ground_truth': ['10', '20', '30'], 'data_source': ['ab'] * 3}) == [12, 22, 32]
+    columns = {**COLUMNS, 'ground_truth': ['10', '20', '30'], 'data_source': ['ab'] * 3}
+    assert score(spec, columns=columns) == [12, 22, 32]
 
 
 def test_unknown_error_policies_are_refused():

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from flax import struct
 import jax
@@ -49,19 +48,17 @@ def next_token_loss(config: TransformerConfig, params: Params, batch: Sequences)
     return jnp.sum(weights * nll) / jnp.sum(weights)
 
 
-def load_or_train(config: ml_collections.ConfigDict, workdir: Path,
-                  mesh: Mesh) -> tuple[TransformerConfig, Params, tokenizers.Tokenizer, str]:
-    """Returns shape, parameters on the mesh, tokenizer and digest of the reference, trained unless it is on disk.
+def load_or_train(config: ml_collections.ConfigDict, shape: TransformerConfig, tokenizer: tokenizers.Tokenizer,
+                  workdir: Path, mesh: Mesh) -> tuple[Params, str]:
+    """Returns the parameters of the reference, on the mesh, and a digest of its recipe; trained unless it is on disk.
 
     Args:
-      config: of the run; `reference.transformer` and `reference.pretrain` say what is trained, and how.
+      config: of the run; `reference.pretrain` says how it is trained.
+      shape: from `model_shape`.
+      tokenizer: from `tokenizer_of`.
       workdir: of the run; the finished reference is kept in `checkpoints/reference`, an unfinished one beside it.
       mesh: the devices.
     """
-    tokenizer = tokenizer_of(config)
-    corpus = sequences(config, tokenizer)
-    shape = model_shape(config.reference, tokenizer.vocab_size, corpus.tokens.shape[1])
-
     def init(key: Array) -> Params:
         return transformer.init_params(key, shape)
 
@@ -70,12 +67,12 @@ def load_or_train(config: ml_collections.ConfigDict, workdir: Path,
     directory = workdir / 'checkpoints' / 'reference'
     if (directory / checkpoint.VALUE_FILE).exists():
         params, meta = checkpoint.restore_params(directory, start)
-        return shape, params, tokenizer, meta['digest']
-    params = _train(config, shape, start, corpus, workdir, mesh)
+        return params, meta['digest']
+    params = _train(config, shape, start, sequences(config, tokenizer, shape.max_positions), workdir, mesh)
     digest = hashlib.sha256(json.dumps(
         [config.reference.to_dict(), config.task.to_dict(), config.seed], sort_keys=True).encode()).hexdigest()
     checkpoint.save_params(directory, params, {'digest': digest})
-    return shape, params, tokenizer, digest
+    return params, digest
 
 
 def tokenizer_of(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
@@ -86,33 +83,43 @@ def tokenizer_of(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
     return tokenizers.from_vocabulary(*star_graph.vocabulary(config.task.star_graph.num_nodes))
 
 
-def model_shape(reference: Any, vocab_size: int, longest: int) -> TransformerConfig:
-    """Returns the transformer that the config's section `reference` describes.
+def model_shape(config: ml_collections.ConfigDict, vocab_size: int) -> TransformerConfig:
+    """Returns the transformer that `reference.transformer` describes.
 
     Args:
-      reference: the section.
+      config: of the run.
       vocab_size: of the tokenizer.
-      longest: tokens of the longest text.
     """
-    sizes = reference.transformer
+    sizes = config.reference.transformer
     if sizes.width % sizes.heads:
         raise ValueError(f'reference.transformer.width is {sizes.width}; it must be a multiple of heads, which is '
                          f'{sizes.heads}.')
     return TransformerConfig(
         vocab_size=vocab_size, width=sizes.width, layers=sizes.layers, heads=sizes.heads, kv_heads=sizes.kv_heads,
         head_dim=sizes.width // sizes.heads, mlp_width=sizes.mlp_width,
-        # Room beyond the longest text: an answer of the model may be longer than any it was trained on.
-        max_positions=2 * longest + 64, positions=sizes.positions, rope_base=sizes.rope_base,
-        tied_embeddings=sizes.tied_embeddings, dtype=jnp.dtype(reference.dtype))
+        # Room beyond the longest prompt: an answer of the model may be longer than any it was trained on.
+        max_positions=2 * config.task.max_prompt_tokens + 64, positions=sizes.positions, rope_base=sizes.rope_base,
+        tied_embeddings=sizes.tied_embeddings, dtype=jnp.dtype(config.reference.dtype))
 
 
-def sequences(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer) -> Sequences:
-    """Returns the corpus on the host: each text of the task's `pretrain` split with its end token.  # [N, T]"""
+def sequences(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer, max_positions: int) -> Sequences:
+    """Returns the corpus on the host: each text of the task's `pretrain` split with its end token.  # [N, T]
+
+    Raises:
+      ValueError: a text has more tokens than the model has positions, `max_positions`.
+    """
     records = builders.read(prompts_lib.task_config(config.task), 'pretrain', config.task.data_dir)
     end = min(tokenizer.eos_ids)
-    encoded = [(tokenizer.encode(record['question']), [*tokenizer.encode(record['answer']), end])
-               for record in records]
+    rng = np.random.default_rng([config.seed, 0xa4])
+    at_random = rng.random(len(records)) < config.reference.pretrain.random_arm_share
+    answers = [star_graph.random_path(record['question'], rng) if random else record['answer']
+               for record, random in zip(records, at_random, strict=True)]
+    encoded = [(tokenizer.encode(record['question']), [*tokenizer.encode(answer), end])
+               for record, answer in zip(records, answers, strict=True)]
     longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
+    if longest > max_positions:
+        raise ValueError(f'the longest text to pre-train on has {longest} tokens, and the reference {max_positions} '
+                         'positions, which are 2 * task.max_prompt_tokens + 64: raise task.max_prompt_tokens.')
     tokens = np.zeros((len(encoded), longest), np.int32)
     weights = np.zeros((len(encoded), longest), np.float32)
     for row, (prompt, answer) in enumerate(encoded):
@@ -127,7 +134,6 @@ def _train(config: ml_collections.ConfigDict, shape: TransformerConfig, start: P
            workdir: Path, mesh: Mesh) -> Params:
     """Returns the trained parameters, going on from a checkpoint if there is one."""
     pretrain = config.reference.pretrain
-    sharding.check_divisible(pretrain.batch_size, mesh, 'reference.pretrain.batch_size')
     optimizer_config = learner.OptimizerConfig(
         learning_rate=pretrain.learning_rate, weight_decay=pretrain.weight_decay,
         clip_norm=pretrain.clip_norm or math.inf, schedule=pretrain.schedule, warmup_steps=pretrain.warmup_steps,
@@ -157,11 +163,15 @@ def _train(config: ml_collections.ConfigDict, shape: TransformerConfig, start: P
             state, loss = step_fn(state, sharding.shard_batch(mesh, batch))
             done = step + 1
             if done == pretrain.steps or done % config.logging.every_steps == 0:
+                if not math.isfinite(loss):
+                    raise ValueError(f'the loss of the pre-training is {float(loss)} at step {done}: lower '
+                                     'reference.pretrain.learning_rate or reference.pretrain.clip_norm.')
                 writer.write(STAGE, done, {'loss': float(loss)})
                 bar.update(done - bar.count, loss=float(loss))
             if done < pretrain.steps and done % config.fit.checkpoint_every_steps == 0:
                 saved.save(done, state, {})
     saved.close()
+    writer.close()
     return state.params
 
 

@@ -11,22 +11,22 @@ import tensorflow_datasets as tfds
 
 from qsharp_jax.data import builders
 
-OPERATIONS = ('+', '-', '*')
+OPERATIONS = ('+', '-', '*', 'max', 'min')
 # Part of all problems that each split draws from. Fixed, so that no choice of sizes moves a problem between splits.
 FRACTIONS = {'train': 0.7, 'validation': 0.1, 'test': 0.2}
 MAX_OPERAND = 999  # all problems are listed, at most a million an operation
-REVISION = 1
+REVISION = 2
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class ArithmeticConfig(tfds.core.BuilderConfig):
     """Which problems there are, and how many of them each split has.
 
-    A problem is an ordered question: '3+5' and '5+3' are two problems, always in the same split. Differences are never
+    A problem is an ordered question: '3 + 5' and '5 + 3' are two problems, always in the same split. Differences are never
     negative.
 
     Attributes:
-      operations: any of '+', '-', '*', in equal shares.
+      operations: any of '+', '-', '*', 'max' (the larger operand), 'min' (the smaller one), in equal shares.
       max_operand: operands are 0 .. max_operand.
       two_digit_share: share of problems in which both operands have two digits or more; in the others at least one
         has a single digit. Exact in every split, up to rounding.
@@ -63,7 +63,7 @@ class ArithmeticConfig(tfds.core.BuilderConfig):
 
 
 class Arithmetic(tfds.core.GeneratorBasedBuilder):
-    """Problems such as question '37+48' with answer '85'.
+    """Problems such as question '37 + 48' with answer '85', or '37 max 48' with answer '48'.
 
     Features: `id` (unique over the splits), `question`, `answer`, `operation`, `digits` (of the smaller operand).
     """
@@ -89,19 +89,19 @@ class Arithmetic(tfds.core.GeneratorBasedBuilder):
                            first: int) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, (a, operation, b) in enumerate(chosen, start=first):
             yield number, {
-                'id': number, 'question': f'{a}{operation}{b}', 'answer': str(solve(a, operation, b)),
+                'id': number, 'question': f'{a} {operation} {b}', 'answer': str(solve(a, operation, b)),
                 'operation': operation, 'digits': len(str(min(a, b)))}
 
 
 def solve(a: int, operation: str, b: int) -> int:
     """Returns the value of a problem."""
-    return a + b if operation == '+' else a - b if operation == '-' else a * b
+    return {'+': a + b, '-': a - b, '*': a * b, 'max': max(a, b), 'min': min(a, b)}[operation]
 
 
 def canonical(a: int, operation: str, b: int) -> str:
     """Returns a text that is the same for problems that differ in the order of their operands alone."""
     low, high = min(a, b), max(a, b)
-    return f'{high}{operation}{low}'
+    return f'{high} {operation} {low}'
 
 
 def problems(config: ArithmeticConfig) -> dict[str, list[tuple[int, str, int]]]:

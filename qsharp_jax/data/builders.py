@@ -85,7 +85,13 @@ def read(task: TaskConfig, split: str, data_dir: str | os.PathLike[str]) -> list
     """
     with _quiet():
         builder = task.builder(data_dir)
-        builder.download_and_prepare(file_format='array_record')
+        try:
+            builder.download_and_prepare(file_format='array_record')
+        except OSError:
+            # Another process that generates the same records may have finished first.
+            builder = task.builder(data_dir)
+            if not builder.is_prepared():
+                raise
     if split not in builder.info.splits:
         raise ValueError(f'there is no split {split!r} of {builder.name}; it has {", ".join(builder.info.splits)}.')
     return [{key: _plain(value) for key, value in record.items()} for record in builder.as_data_source(split)]

@@ -4,7 +4,7 @@ The task of Bachmann & Nagarajan (2024) in the form the paper uses (Q#, arXiv 25
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import dataclasses
 import itertools
 import math
@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from qsharp_jax.data import builders
+from qsharp_jax.data.star_graph_text import edges_text, parse_question, path_text, question_text
 
 # Part of all graphs that each split draws from. Fixed, so that no choice of sizes moves a graph between splits.
 FRACTIONS = {'pretrain': 0.4, 'train': 0.4, 'validation': 0.05, 'test': 0.15}
@@ -121,24 +122,16 @@ class Star:
         return edges_text(sorted(self.edges()))
 
 
-def edges_text(edges: list[tuple[int, int]]) -> str:
-    """Returns 'a,b|c,d|…'."""
-    return '|'.join(f'{a},{b}' for a, b in edges)
-
-
-def path_text(nodes: tuple[int, ...]) -> str:
-    """Returns 'a,b,…'."""
-    return ','.join(map(str, nodes))
-
-
-def question_text(edges: list[tuple[int, int]], start: int, goal: int) -> str:
-    """Returns 'a,b|c,d|…/start,goal='."""
-    return f'{edges_text(edges)}/{start},{goal}='
-
-
-def sequence_text(record: Mapping[str, Any]) -> str:
-    """Returns question and answer in one text, as a model is pre-trained on."""
-    return f'{record["question"]}{record["answer"]}'
+def random_path(question: str, rng: np.random.Generator) -> str:
+    """Returns the path from the start to the end of an arm drawn at random, whatever the goal."""
+    edges, _, ends = question.partition('/')
+    after: dict[int, list[int]] = {}
+    for node, neighbour in sorted(tuple(map(int, edge.split(','))) for edge in edges.split('|')):
+        after.setdefault(node, []).append(neighbour)
+    path = [int(ends.partition(',')[0])]
+    while path[-1] in after:
+        path.append(int(rng.choice(after[path[-1]])))
+    return path_text(tuple(path))
 
 
 def distinct_graphs(degree: int, path_length: int, num_nodes: int) -> int:

@@ -45,7 +45,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`; none is added. A control token written out in the text becomes its id."""
+        """Returns the ids of `text`; none is added. A control token written in the text becomes its id."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from qsharp_jax import sharding
 from qsharp_jax.types import Array, Cache, Params, Reference, Value
 
 
@@ -79,6 +80,8 @@ def start(reference: Reference, value: Value | None, reference_params: Params, v
           prompts: Array, lengths: Array, rows: Array, keys: Array, limit: Array, buffer: int) -> DecodeState:
     """Returns the state before the first token, each distinct prompt prefilled once for all of its rows.
 
+    On a mesh every array of the state is split by rows, as `rows` is.
+
     Args:
       reference: π_ref.
       value: the value network, or None where nothing will be guided.
@@ -102,7 +105,7 @@ def start(reference: Reference, value: Value | None, reference_params: Params, v
 
     batch = rows.shape[0]
     prompt_length = lengths[rows]
-    return DecodeState(
+    state = DecodeState(
         reference_cache=filled(reference, reference_params),
         value_cache=None if value is None else filled(value, value_params),
         prompt_length=prompt_length,
@@ -115,6 +118,7 @@ def start(reference: Reference, value: Value | None, reference_params: Params, v
         kl=jnp.zeros(batch, jnp.float32),
         values=jnp.full((batch, buffer), jnp.nan, jnp.float32),
     )
+    return sharding.constrain_rows(state, like=rows)
 
 
 def is_eos(tokens: Array, eos_ids: tuple[int, ...]) -> Array:
@@ -129,8 +133,9 @@ def is_eos(tokens: Array, eos_ids: tuple[int, ...]) -> Array:
 def rewind(state: DecodeState, kept: Array, limit: Array, keys: Array, eos_ids: tuple[int, ...]) -> DecodeState:
     """Returns the state with each answer cut back to its first `kept` tokens, to go on with other noise.
 
-    `state` is given up. Only lengths change: the caches are addressed by position and their slots beyond the length are never read. The
-    token at the cut becomes the pending one. The KL of the cut-off tokens cannot be taken back, so `kl` is zeroed.
+    `state` is given up. Only lengths change: the caches are addressed by position and their slots beyond the length
+    are never read. The token at the cut becomes the pending one. The KL of the cut-off
+    tokens cannot be taken back, so `kl` is zeroed.
 
     Args:
       state: after some decoding.

@@ -73,6 +73,8 @@ class TransformerConfig:
       out_bias: a bias on the attention output projection.
       mlp_bias: biases in the feed-forward network.
       tied_embeddings: whether logits reuse the token embeddings.
+      restart_layer: before this layer (0: nowhere) the stream is replaced by its own norm plus the norm of the
+        token's embedding, so that the layers from there on see prediction and token at one scale.
       qk_norm: RMSNorm of each query and key head before the rotation.
       dtype: of the computation; norms, softmax and logits are float32 always.
       param_dtype: of freshly initialised parameters.
@@ -98,6 +100,7 @@ class TransformerConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     tied_embeddings: bool = True
+    restart_layer: int = 0
     qk_norm: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32

@@ -79,7 +79,7 @@ def value_scores(
         parent may name any index: its score means nothing then.
     """
     trunk = value_lib.trunk_config(value_config, config)
-    hidden, _ = transformer.hidden_states(trunk, params['trunk'], tokens, positions, mask)
+    hidden = transformer.hidden_states(trunk, params['trunk'], tokens, positions, mask)
     if value_config.kind == 'q':
         hidden = jnp.take_along_axis(hidden, jnp.clip(parents, 0, tokens.shape[1] - 1)[..., None], axis=1)
     return value_lib.head_scores(value_config, trunk, params, hidden, tokens)
@@ -89,7 +89,7 @@ def reference_logits(
     config: TransformerConfig, params: Params, tokens: Array, positions: Array, mask: Array,
 ) -> Array:
     """Returns float32 logits [B, T, V] of the token after each one, without a cache: for pre-training."""
-    hidden, _ = transformer.hidden_states(config, params, tokens, positions, mask)
+    hidden = transformer.hidden_states(config, params, tokens, positions, mask)
     return transformer.logits(config, params, hidden)
 
 
@@ -105,7 +105,7 @@ def _prefill(
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
     mask = transformer.causal_mask(length)
-    _, filled = transformer.hidden_states(config, params, tokens, positions, mask, cache, commit=length)
+    _, filled = transformer.extend(config, params, cache, None, tokens, positions, mask, commit=length)
     return filled
 
 
@@ -114,4 +114,4 @@ def _append(
 ) -> tuple[Array, KVCache]:
     """Returns the hidden states of new tokens after positions[:, 0] cached ones; keeps the first token."""
     length = positions[:, 0]
-    return transformer.hidden_states(config, params, tokens, positions, mask, cache, length, commit=1)
+    return transformer.extend(config, params, cache, length, tokens, positions, mask, commit=1)

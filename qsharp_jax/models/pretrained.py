@@ -95,6 +95,8 @@ def open_gguf(source: str | os.PathLike[str]) -> GGUF:
       ValueError: if the file is absent, is no GGUF, or holds another architecture than `families.FAMILIES`.
     """
     path = find(source)
+    if path.stat().st_size == 0:  # which cannot be mapped
+        raise ValueError(f'{path} is no GGUF file: it is empty.')
     with path.open('rb') as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             metadata, tensors = _parse(data, path)
@@ -147,14 +149,14 @@ def _check(file: GGUF, weights: dict[str, families.Weight]) -> None:
                              f'{weight.shape}.')
         block, _ = gguf.GGML_QUANT_SIZES[tensor.kind]
         if tensor.shape[-1] % block:
-            raise ValueError(f'{file.path}: the rows of tensor {name!r} ({tensor.shape[-1]}) are no multiple of '
-                             f'the {block} numbers in a block of {tensor.kind.name}.')
+            raise ValueError(f'{file.path}: the rows of tensor {name!r} ({tensor.shape[-1]}) are no multiple '
+                             f'of the {block} numbers in a block of {tensor.kind.name}.')
         try:
             # A block of zero bytes: the format is readable or it is not, whatever the numbers.
             gguf.quants.dequantize(np.zeros((1, _bytes(tensor.kind, block)), np.uint8), tensor.kind)
         except NotImplementedError as error:
-            raise ValueError(f'{file.path}: the tensor {name!r} is stored as {tensor.kind.name}, which cannot '
-                             'be read.') from error
+            raise ValueError(f'{file.path}: the tensor {name!r} is stored as {tensor.kind.name}, which '
+                             'cannot be read.') from error
         if tensor.offset + _bytes(tensor.kind, int(np.prod(tensor.shape))) > size:
             raise ValueError(f'{file.path} is cut short: the tensor {name!r} ends beyond its {size} bytes.')
 

@@ -18,7 +18,7 @@ from qsharp_jax.types import Array, Params
 
 __all__ = [
     'KVCache', 'RopeScaling', 'Transformer', 'TransformerConfig', 'axis_names', 'causal_mask', 'count_params',
-    'hidden_states', 'init_cache', 'init_params', 'logical_axes', 'logits']
+    'extend', 'hidden_states', 'init_cache', 'init_params', 'logical_axes', 'logits']
 
 
 @struct.dataclass
@@ -63,6 +63,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         config = self.config
+
         def table(name: str, rows: int, axis: str | None) -> Array:
             draw = nn.initializers.normal(0.02)
             return parameter(self, name, draw, (axis, 'embed'), (rows, config.width), config.param_dtype)
@@ -75,6 +76,9 @@ class Transformer(nn.Module):
         block = nn.remat(Block) if config.remat else Block
         self.layers = [block(config) for _ in range(config.layers)]
         self.final_norm = Norm(config)
+        if config.restart_layer:
+            self.restart_norm = Norm(config)
+            self.restart_token_norm = Norm(config)
 
     def __call__(
         self,
@@ -99,7 +103,10 @@ class Transformer(nn.Module):
         if cache is not None and cache_length is not None:
             cache_mask = jnp.arange(cache.capacity)[None] < cache_length[:, None]
         keys, values = [], []
+        embedded = x
         for index, layer in enumerate(self.layers):
+            if config.restart_layer and index == config.restart_layer:
+                x = self.restart_norm(x) + self.restart_token_norm(embedded)
             old = None if cache is None else (cache.keys[index], cache.values[index])
             x, key, value = layer(x, rotation, block_mask, None if cache_mask is None else old, cache_mask)
             if old is not None:
@@ -138,34 +145,54 @@ def hidden_states(
     params: Params,
     tokens: Array,  # [B, T]
     positions: Array,  # [B, T]
-    block_mask: Array,  # [T, T] or [B, T, T] bool
-    cache: KVCache | None = None,
-    cache_length: Array | None = None,  # [B]
-    commit: int = 0,
-) -> tuple[Array, KVCache | None]:
-    """Returns the normalised hidden states of the new tokens [B, T, D] and the cache with what was committed.
+    mask: Array,  # [T, T] or [B, T, T] bool
+) -> Array:
+    """Returns the normalised hidden states [B, T, D] of tokens that are all there is.
 
     Args:
       config: the decoder.
       params: its parameters.
-      tokens: the new tokens.
+      tokens: the tokens.
       positions: the position of each of them.
-      block_mask: whether new token i (row) sees new token j (column).
-      cache: keys and values of earlier tokens; None when the new tokens are all there is.
+      mask: whether token i (row) sees token j (column).
+    """
+    hidden, _ = Transformer(config).apply({'params': params}, tokens, positions, mask, None, None, 0)
+    return cast(Array, hidden)
+
+
+def extend(
+    config: TransformerConfig,
+    params: Params,
+    cache: KVCache,
+    cache_length: Array | None,  # [B]
+    tokens: Array,  # [B, T]
+    positions: Array,  # [B, T]
+    mask: Array,  # [T, T] or [B, T, T] bool
+    commit: int,
+) -> tuple[Array, KVCache]:
+    """Returns the normalised hidden states [B, T, D] of tokens after the cached ones, and the new cache.
+
+    Args:
+      config: the decoder.
+      params: its parameters.
+      cache: keys and values of earlier tokens.
       cache_length: number of slots of each row that the new tokens see; the committed tokens go into the
         slots from there on. None means an empty cache, and spares the products with it.
+      tokens: the new tokens.
+      positions: the position of each of them.
+      mask: whether new token i (row) sees new token j (column).
       commit: how many leading new tokens are written to the cache. A slot beyond the capacity is not written.
 
     Raises:
-      ValueError: if `commit` exceeds the new tokens, or an empty cache is too small for them.
+      ValueError: if `commit` exceeds the new tokens or the slots.
     """
     if commit > tokens.shape[1]:
         raise ValueError(f'commit is {commit}, but only {tokens.shape[1]} new tokens are given.')
-    if cache is not None and commit > cache.capacity:
+    if commit > cache.capacity:
         raise ValueError(f'{commit} tokens do not fit into a cache of {cache.capacity} slots.')
     out = Transformer(config).apply(
-        {'params': params}, tokens, positions, block_mask, cache, cache_length, commit)
-    return cast(tuple[Array, KVCache | None], out)
+        {'params': params}, tokens, positions, mask, cache, cache_length, commit)
+    return cast(tuple[Array, KVCache], out)
 
 
 def logits(config: TransformerConfig, params: Params, hidden: Array) -> Array:

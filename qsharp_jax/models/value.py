@@ -6,7 +6,7 @@ scores the whole vocabulary at once (paper App. D).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import cast
 
 from flax import linen as nn
 import jax
@@ -19,6 +19,7 @@ from qsharp_jax.types import Array, Params
 
 KINDS = ('v', 'q')
 INITS = ('truncate', 'reference', 'scratch')
+EXTRA_INPUTS = ('stream', 'restart')
 HEAD_INITS = ('zero', 'normal', 'lm_head')
 
 
@@ -31,39 +32,40 @@ class ValueConfig:
       kind: 'v' scores a token from its own hidden state; 'q' scores all next tokens from their parent's.
       init: 'truncate' copies the first `layers` blocks of the reference; 'reference' copies all of them;
         'scratch' draws `layers` fresh blocks of the reference's widths.
-      layers: number of blocks under 'truncate' and 'scratch'; 0 under 'reference'.
+      layers: number of blocks under 'truncate' and 'scratch'; None under 'reference'.
       extra_layers: fresh blocks on top of the copied ones, which change nothing at the start.
+      extra_input: what the extra blocks read: 'stream', the copied blocks' own; or 'restart', its norm plus the norm
+        of the token's embedding. With tied embeddings the last state of a language model points at the token it
+        expects next, so 'restart' shows the token and the expectation in one space, where they can be compared.
       head_init: 'zero' (a constant value, so that a fresh value guides nowhere), 'normal', or 'lm_head' (kind
         'q' only: every score of a token starts as its logit).
       head_bias: whether the head has a bias.
-      dtype: of the trunk's computation; the head, like the scores, is float32 always.
-      param_dtype: of the parameters.
-      remat: recompute each block in the backward pass instead of storing its activations.
     """
 
     num_scores: int
     kind: str = 'v'
     init: str = 'truncate'
-    layers: int = 0
+    layers: int | None = None
     extra_layers: int = 0
+    extra_input: str = 'stream'
     head_init: str = 'zero'
     head_bias: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (('kind', KINDS), ('init', INITS), ('head_init', HEAD_INITS)):
+        for name, allowed in (
+                ('kind', KINDS), ('init', INITS), ('extra_input', EXTRA_INPUTS), ('head_init', HEAD_INITS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'value {name} is {getattr(self, name)!r}; allowed: {", ".join(allowed)}.')
         if self.num_scores < 1:
             raise ValueError(f'num_scores is {self.num_scores}; it must be at least 1.')
         if self.extra_layers < 0:
             raise ValueError(f'extra_layers is {self.extra_layers}; it must be at least 0.')
-        if self.init == 'reference' and self.layers:
+        if self.extra_input == 'restart' and not self.extra_layers:
+            raise ValueError("value extra_input is 'restart', but extra_layers is 0: there is nothing to read it.")
+        if self.init == 'reference' and self.layers is not None:
             raise ValueError(f"value layers is {self.layers}, but init 'reference' copies every layer: leave "
-                             "layers at 0, or use init 'truncate'.")
-        if self.init != 'reference' and self.layers < 1:
+                             "out layers, or use init 'truncate'.")
+        if self.init != 'reference' and (self.layers is None or self.layers < 1):
             raise ValueError(f'value layers is {self.layers}; init {self.init!r} needs at least 1.')
         if self.head_init == 'lm_head' and self.kind != 'q':
             raise ValueError("head_init 'lm_head' needs kind 'q': a V-type head has no score per vocabulary "
@@ -109,7 +111,7 @@ def trunk_config(value_config: ValueConfig, reference_config: TransformerConfig)
                          'it, or add fresh layers with extra_layers.')
     return dataclasses.replace(
         reference_config, layers=layers + value_config.extra_layers, tied_embeddings=True,
-        dtype=value_config.dtype, param_dtype=value_config.param_dtype, remat=value_config.remat)
+        restart_layer=layers if value_config.extra_input == 'restart' else 0)
 
 
 def init_value_params(
@@ -133,7 +135,9 @@ def init_value_params(
     for name in trunk:
         if name in extra:
             trunk[name] = _silenced(trunk[name])
-        elif value_config.init != 'scratch':
+        elif name == 'restart_norm' and value_config.init != 'scratch':
+            trunk[name] = _copy(reference_params['final_norm'], config)
+        elif value_config.init != 'scratch' and name != 'restart_token_norm':
             trunk[name] = _copy(reference_params[name], config)
     head = nn.meta.unbox(_boxed_head(head_key, value_config, config))
     if value_config.head_init == 'lm_head':

@@ -71,11 +71,20 @@ def summary(workdir: str | os.PathLike[str]) -> str:
                       *tables.frontier(run.results, run.split)])
 
 
-def print_results(workdir: str | os.PathLike[str]) -> None:
-    """Writes the report anew and prints its table as Markdown."""
+def print_results(workdir: str | os.PathLike[str], markdown: bool = False) -> Path:
+    """Writes the report anew, prints its table, and returns the path of report.html.
+
+    Args:
+      workdir: of the run.
+      markdown: whether to print the table as Markdown; otherwise it is aligned for a terminal.
+
+    Raises:
+      ValueError: as `write`.
+    """
     path = write(workdir)
-    print((path.parent / 'results.md').read_text(encoding='utf-8'))
-    print(f'Report: {path}')
+    print((path.parent / 'results.md').read_text(encoding='utf-8') if markdown else summary(workdir))
+    print(f'\nReport: {path}')
+    return path
 
 
 def headline(run: Run) -> list[tuple[str, str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import re
 
+from qsharp_jax.data.star_graph_text import parse_question
 from qsharp_jax.rewards.registry import register
 
 _INTEGER = re.compile(r'[+-]?\d{1,1000}')  # Python reads no integer of more than 4,300 digits
@@ -42,7 +43,7 @@ def star_graph_arm(completions: Sequence[str], question: Sequence[str]) -> list[
     """Whether the completion is an arm of the graph, from the start to any end: right but for the goal."""
     earned = []
     for text, asked in zip(completions, question, strict=True):
-        edges, start, _ = _graph(asked)
+        edges, start, _ = parse_question(asked)
         nodes = _nodes(text)
         walks = all(edge in edges for edge in zip(nodes, nodes[1:]))
         ends = len(nodes) > 1 and nodes[0] == start and not any(a == nodes[-1] for a, _ in edges)
@@ -59,14 +60,3 @@ def _nodes(text: str) -> list[int]:
     """Returns the nodes of 'a,b,…'; none if the text is no path."""
     pieces = text.strip().split(',')
     return [int(piece) for piece in pieces] if all(_NODE.fullmatch(piece) for piece in pieces) else []
-
-
-def _graph(question: str) -> tuple[list[tuple[int, int]], int, int]:
-    """Returns edges, start and goal of 'a,b|c,d|…/start,goal='."""
-    try:
-        listed, ends = question.strip().rstrip('=').split('/')
-        *edges, (start, goal) = [(int(a), int(b)) for a, b in (
-            pair.split(',') for pair in (*listed.split('|'), ends))]
-    except ValueError as error:
-        raise ValueError(f'{question!r} is no star graph; one reads a,b|c,d|…/start,goal=') from error
-    return edges, start, goal

@@ -198,9 +198,10 @@ def _score_in_workers(reward: Reward, prompts: Sequence[str], completions: Seque
                       columns: Mapping[str, Sequence[Any]], workers: int, timeout_seconds: float,
                       on_error: str) -> np.ndarray:
     pool = _pool(reward, workers)
+    known = [{name: column[row] for name, column in columns.items()} for row in range(len(completions))]
     futures = [
-        pool.schedule(_grade_one, timeout=timeout_seconds, args=(
-            reward.spec, row, prompts[row], completion, {name: column[row] for name, column in columns.items()}, on_error))
+        pool.schedule(_grade_one, timeout=timeout_seconds,
+                      args=(reward.spec, row, prompts[row], completion, known[row], on_error))
         for row, completion in enumerate(completions)]
     earned = np.full(len(futures), np.nan)
     late, dead = [], []

@@ -1,0 +1,175 @@
+"""What graded answers amount to, on rows written by hand; and that finished blocks are not done again."""
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import types
+
+import numpy as np
+import pytest
+
+from qsharp_jax import estimators
+from qsharp_jax import evaluate
+from qsharp_jax.data.prompts import Prompts
+from qsharp_jax.evaluate import Evaluated
+
+
+def row(example, sample, text, reward, *, kl=0.0, tokens=1, truncated=False, seconds=0.5):
+    return {'id': example, 'sample': sample, 'text': text, 'reward': reward, 'kl': kl, 'tokens': [0] * tokens,
+            'truncated': truncated, 'seconds': seconds}
+
+
+# Two examples, four samples each, in no order. Example 3: a tie between a right and a wrong answer, and one
+# abstention. Example 7: a wrong majority.
+ROWS = [
+    row(7, 1, '5', 0.0, kl=1.0, tokens=2), row(3, 0, 'x', 1.0, kl=2.0, tokens=3), row(7, 0, ' 5\n', 0.0, tokens=2),
+    row(3, 2, 'y', 0.0, kl=0.5, tokens=1), row(7, 3, '6', 1.0, kl=4.0, tokens=4, truncated=True),
+    row(3, 1, 'x ', 1.0, tokens=1), row(3, 3, 'y', None, kl=0.5, tokens=6), row(7, 2, '5', 0.0, tokens=1),
+]
+
+
+def test_rows_are_grouped_by_example_and_ordered_by_sample():
+    table = evaluate.by_example(ROWS, 0.0)
+    assert table['id'] == [3, 7]
+    np.testing.assert_array_equal(table['reward'], [[1, 1, 0, 0], [0, 0, 0, 1]])
+    np.testing.assert_array_equal(table['kl'], [[2, 0, 0.5, 0.5], [0, 1, 0, 4]])
+    assert table['text'] == [['x', 'x', 'y', 'y'], ['5', '5', '5', '6']]
+    # An abstention earns the least there is.
+    assert evaluate.by_example(ROWS, -1.0)['reward'][0, 3] == -1
+
+
+def test_the_summary_of_rows_counted_by_hand():
+    found = evaluate.summarise(ROWS, 4, 0.0, 1.0)
+    assert found['pass@1'] == pytest.approx(3 / 8)
+    assert found['pass@1_se'] == pytest.approx(statistics.stdev([0.5, 0.25]) / math.sqrt(2))
+    assert found['pass@k'] == 1 and found['k'] == 4
+    assert found['maj@k'] == pytest.approx((0.5 + 0) / 2)  # the tie is half right
+    assert found['maj@k_se'] == pytest.approx(statistics.stdev([0.5, 0]) / math.sqrt(2))
+    assert found['kl'] == pytest.approx(8 / 8)
+    assert found['kl_se'] == pytest.approx(statistics.stdev([3 / 4, 5 / 4]) / math.sqrt(2))
+    assert found['kl_per_token'] == pytest.approx(8 / 20)
+    assert found['truncated'] == pytest.approx(1 / 8) and found['abstained'] == pytest.approx(1 / 8)
+    assert found['tokens_per_answer'] == pytest.approx(20 / 8)
+    assert (found['n_examples'], found['n_samples'], found['seconds']) == (2, 4, 4)
+    json.dumps(found)
+
+
+@pytest.mark.parametrize('k', (1, 2, 3))
+def test_votes_have_k_voters(k):
+    # As many disjoint votes as there are answers for; with one voter each that is pass@1.
+    table = evaluate.by_example(ROWS, 0.0)
+    votes = [[estimators.majority([texts[first:first + k]], earned[None, first:first + k])[0]
+              for first in range(0, 4 - k + 1, k)] for texts, earned in zip(table['text'], table['reward'])]
+    found = evaluate.summarise(ROWS, k, 0.0, 1.0)
+    assert found['maj@k'] == pytest.approx(np.mean(votes)) and found['k'] == k
+    assert found['pass@k'] == pytest.approx(estimators.pass_at_k(table['reward'], k))
+    if k == 1:
+        assert found['maj@k'] == pytest.approx(found['pass@1'])
+
+
+def test_right_is_what_earns_the_most():
+    rows = [row(0, 0, 'a', 0.5), row(0, 1, 'b', 2.0), row(1, 0, 'c', 0.5), row(1, 1, 'd', 1.9)]
+    found = evaluate.summarise(rows, 2, -1.0, 2.0)
+    assert found['pass@1'] == pytest.approx(4.9 / 4)
+    assert found['pass@k'] == 0.5
+    assert evaluate.summarise(rows, 9, -1.0, 2.0)['k'] == 2  # no more than there are
+
+
+def test_policies_are_compared_example_by_example():
+    worse = [{**own, 'reward': None if own['reward'] is None else own['reward'] - 0.25 * (own['id'] == 7)}
+             for own in reversed(ROWS)]
+    mean, error = evaluate.compare(ROWS, worse, 0.0)
+    assert mean == pytest.approx(0.125)
+    assert error == pytest.approx(statistics.stdev([0, 0.25]) / math.sqrt(2))
+    with pytest.raises(ValueError, match='same examples'):
+        evaluate.compare(ROWS, [own for own in ROWS if own['id'] == 7], 0.0)
+
+
+PROMPTS = Prompts(np.array([4, 2, 9, 6, 8]), [[1], [2, 3], [4], [5], [6]], list('abcde'), {})
+
+
+@pytest.fixture(name='asked')
+def fixture_asked(monkeypatch):
+    """The units that were answered, by answers that cost nothing."""
+    asked = []
+
+    def answer(experiment, prompts, policies, value_params, split, batch):
+        rows = []
+        for place in range(batch.real):
+            unit = (int(prompts.ids[batch.index[place]]), int(batch.units.samples[place]), int(batch.policies[place]))
+            asked.append(unit)
+            rows.append({'id': unit[0], 'sample': unit[1], 'policy': unit[2], 'eta': policies[unit[2]].eta,
+                         'text': 'a', 'reward': 0.5, 'reward_digest': experiment.reward.digest})
+        return rows
+    monkeypatch.setattr(evaluate, '_answer', answer)
+    return asked
+
+
+@pytest.fixture(name='experiment')
+def fixture_experiment(tmp_path):
+    return types.SimpleNamespace(workdir=tmp_path, value_digest=lambda iteration: f'network {iteration}',
+                                 reward=types.SimpleNamespace(digest='reward'))
+
+
+def test_finished_blocks_are_read_back(tmp_path, asked, experiment):
+    policies = [Evaluated('qsharp', 1, 0.1, 1.0), Evaluated('qsharp', 1, math.inf, 1.0)]
+
+    def ask(of=policies, samples=3):
+        del asked[:]
+        return evaluate.samples_of(experiment, PROMPTS, np.arange(5), of, None, 'test', samples, 4, 2)
+
+    first = ask()
+    assert sorted(asked) == sorted((unit['id'], unit['sample'], unit['policy']) for unit in first)
+    assert len(set(asked)) == len(asked) == 5 * 3 * 2
+    # Within a block rows are in order of policy, example and sample, however they were decoded.
+    block = [(unit['policy'], unit['id'], unit['sample']) for unit in first[:12]]
+    assert block == sorted(block) and {example for _, example, _ in block} == {2, 4}
+    assert ask() == first and not asked
+    # A run that was killed lacks blocks; only those are done again.
+    lost = sorted(tmp_path.rglob('block_*.jsonl'))[1]
+    lost.unlink()
+    assert ask() == first and {example for example, _, _ in asked} == {9, 6}
+    # Other settings, or another network, never read these blocks.
+    ask(samples=2)
+    assert len(asked) == 5 * 2 * 2
+    ask(of=policies[:1])
+    assert len(asked) == 5 * 3
+    experiment.value_digest = lambda iteration: 'another network'
+    ask()
+    assert len(asked) == 5 * 3 * 2
+
+
+def test_a_changed_reward_grades_finished_blocks_anew(tmp_path, asked, experiment, monkeypatch):
+    def ask():
+        del asked[:]
+        policies = [Evaluated('qsharp', 1, 0.1, 1.0)]
+        return evaluate.samples_of(experiment, PROMPTS, np.arange(5), policies, None, 'test', 1, 4, 2)
+
+    def grade(experiment, prompts, index, texts):
+        assert texts == ['a'] * len(index)
+        return np.where(index == 2, np.nan, index / 10)
+    monkeypatch.setattr(evaluate, 'grade', grade)
+    first = ask()
+    experiment.reward.digest = 'another'
+    again = ask()
+    assert not asked
+    place = {4: 0.0, 2: 0.1, 9: None, 6: 0.3, 8: 0.4}  # None: the new reward abstained
+    assert again == [{**own, 'reward': place[own['id']], 'reward_digest': 'another'} for own in first]
+    monkeypatch.setattr(evaluate, 'grade', None)  # the new rewards are kept
+    assert ask() == again and not asked
+
+
+def test_a_damaged_block_is_named(tmp_path, asked, experiment):
+    policies = [Evaluated('qsharp', 1, 0.1, 1.0)]
+    evaluate.samples_of(experiment, PROMPTS, np.arange(5), policies, None, 'test', 1, 4, 2)
+    damaged = sorted(tmp_path.rglob('block_*.jsonl'))[1]
+    damaged.write_text(damaged.read_text()[:20])
+    with pytest.raises(ValueError, match='block_00001.jsonl is damaged.*Delete it'):
+        evaluate.samples_of(experiment, PROMPTS, np.arange(5), policies, None, 'test', 1, 4, 2)
+
+
+def test_policies_of_two_networks_do_not_decode_together(experiment):
+    policies = [Evaluated('qsharp', 1, 0.1, 1.0), Evaluated('qsharp', 2, 0.1, 1.0)]
+    with pytest.raises(ValueError, match='share one method and iteration'):
+        evaluate.samples_of(experiment, PROMPTS, np.arange(5), policies, None, 'test', 1, 4, 2)

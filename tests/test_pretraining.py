@@ -1,0 +1,132 @@
+"""Pre-training: its loss against a loop, its order of texts, and that it learns, resumes and refuses."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qsharp_jax import checkpoint, experiment, sharding
+from qsharp_jax.baselines import pretraining
+from qsharp_jax.metrics import read_rows
+from qsharp_jax.models import networks, transformer
+from tests import tiny
+
+SHAPE = transformer.TransformerConfig(
+    vocab_size=7, width=8, layers=1, heads=2, kv_heads=2, head_dim=4, mlp_width=16, max_positions=16)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny.devices(1), tiny.compiled_once(tmp_path_factory.mktemp('compiled')):
+        yield
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp('data')
+
+
+def trained(data: Path, workdir: Path, **changes: Any) -> tuple[Any, str]:
+    config = tiny.config(data, **changes)
+    tokenizer = pretraining.tokenizer_of(config)
+    shape = pretraining.model_shape(config, tokenizer.vocab_size)
+    return pretraining.load_or_train(config, shape, tokenizer, workdir, sharding.make_mesh())
+
+
+def losses(workdir: Path) -> list[float]:
+    return [row['loss'] for row in read_rows(workdir / 'metrics.jsonl')]
+
+
+def test_the_loss_is_the_mean_over_weighted_tokens() -> None:
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 7, (3, 5)).astype(np.int32)
+    weights = np.array([[0, 1, 1, 1, 0], [0, 0, 0, 1, 1], [1, 1, 0, 0, 0]], np.float32)
+    params = jax.tree.map(lambda leaf: 5 * leaf, transformer.init_params(jax.random.key(0), SHAPE))
+
+    def loss(tokens: np.ndarray) -> float:
+        return float(pretraining.next_token_loss(SHAPE, params, pretraining.Sequences(tokens, weights)))
+
+    total, count = 0.0, 0
+    for row, weight in zip(tokens, weights):
+        for place in range(1, 5):
+            if weight[place]:
+                before = jnp.asarray(row[None, :place])
+                mask = transformer.causal_mask(place)
+                logits = networks.reference_logits(SHAPE, params, before, jnp.arange(place)[None], mask)[0, -1]
+                total += float(jax.nn.logsumexp(logits) - logits[row[place]])
+                count += 1
+    assert count == 6
+    assert loss(tokens) == pytest.approx(total / count, rel=1e-5)
+    # Nothing predicts the first token, and nothing is predicted from padding.
+    tokens[0, 4], tokens[2, 2:] = 6 - tokens[0, 4], 6 - tokens[2, 2:]
+    assert loss(tokens) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize('batch,rows', [(4, 10), (10, 4), (5, 5)])
+def test_every_epoch_has_every_text_once_in_its_own_order(batch: int, rows: int) -> None:
+    steps = 3 * rows
+    drawn = np.concatenate([pretraining.batch_rows(1, step, batch, rows) for step in range(steps)])
+    epochs = drawn[:len(drawn) // rows * rows].reshape(-1, rows)
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert any(pretraining.batch_rows(2, 0, batch, rows) != drawn[:batch])
+
+
+def test_the_loss_is_on_the_answer_or_on_all(data: Path) -> None:
+    for loss in ('target', 'all'):
+        config = tiny.config(data, reference__pretrain__loss=loss, reference__pretrain__random_arm_share=0)
+        tokenizer = pretraining.tokenizer_of(config)
+        corpus = pretraining.sequences(config, tokenizer, 26)
+        assert corpus.tokens.shape == corpus.weights.shape == (64, 26)
+        for tokens, weights in zip(corpus.tokens, corpus.weights):
+            text = tokenizer.decode(tokens[:-1].tolist())
+            assert tokens[-1] in tokenizer.eos_ids and text.count('=') == 1
+            first = 1 if loss == 'all' else tokens.tolist().index(tokenizer.single_token('=')) + 1
+            assert weights.tolist() == [0] * first + [1] * (26 - first)
+    with pytest.raises(ValueError, match='has 26 tokens, and the reference 25 positions .* task.max_prompt_tokens'):
+        pretraining.sequences(config, tokenizer, 25)
+
+
+def test_it_learns_and_goes_on_from_a_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {'reference__pretrain__steps': 60, 'reference__pretrain__learning_rate': 0.02,
+               'task__star_graph__pretrain_examples': 16, 'fit__checkpoint_every_steps': 20}
+    params, digest = trained(data, tmp_path / 'straight', **changes)
+    curve = losses(tmp_path / 'straight')
+    assert len(curve) == 60
+    assert curve[0] == pytest.approx(np.log(13), abs=0.1) and curve[-1] < 0.6 * curve[0]
+
+    save = checkpoint.Checkpoints.save
+
+    def stop(self: checkpoint.Checkpoints, step: int, state: Any, meta: Any) -> None:
+        save(self, step, state, meta)
+        if step == 40:
+            raise KeyboardInterrupt
+
+    workdir = tmp_path / 'stopped'
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.Checkpoints, 'save', stop)
+        trained(data, workdir, **changes)
+    again, same = trained(data, workdir, **changes)
+    assert same == digest and losses(workdir) == curve
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    # What is on disk is read back rather than trained once more.
+    before = (workdir / 'metrics.jsonl').stat().st_mtime_ns
+    read, same = trained(data, workdir, **changes)
+    assert same == digest and (workdir / 'metrics.jsonl').stat().st_mtime_ns == before
+    jax.tree.map(np.testing.assert_array_equal, params, read)
+
+
+def test_a_loss_that_is_no_number_stops_it_in_words(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='the loss of the pre-training is nan at step .* lower .*learning_rate'):
+        trained(data, tmp_path, reference__pretrain__learning_rate=1e30)
+
+
+def test_a_task_without_a_corpus_is_refused(data: Path, tmp_path: Path) -> None:
+    config = tiny.config(data, task__name='arithmetic', reward='arithmetic')
+    with pytest.raises(ValueError, match="'pretrain' needs a task with a corpus .* 'arithmetic' has none"):
+        experiment.outline(config, tmp_path)

@@ -1,0 +1,56 @@
+"""Which policies are evaluated when."""
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from configs import default
+from qsharp_jax import results
+from qsharp_jax.evaluate import Evaluated
+
+PLAN = results.Plan(
+    splits=('validation', 'test'), select_split='validation', examples={'validation': 4, 'test': 8}, samples=2,
+    etas=(0.1, 0.5), methods=('qsharp', 'cd', 'fudge'), temperatures=(0.8, 1.0, 0.0))
+
+
+def test_iteration_0_is_the_reference_at_each_temperature():
+    assert results.policies(PLAN, 0) == [[
+        Evaluated('reference', 0, math.inf, 0.8), Evaluated('reference', 0, math.inf, 1.0),
+        Evaluated('reference', 0, math.inf, 0.0)]]
+    assert not any(evaluated.guided for evaluated in results.policies(PLAN, 0)[0])
+
+
+@pytest.mark.parametrize('iteration', (1, 2, 5))
+def test_cd_and_fudge_are_of_the_first_iteration_only(iteration):
+    groups = {group[0].method: group for group in results.policies(PLAN, iteration)}
+    assert set(groups) == ({'qsharp', 'cd', 'fudge'} if iteration == 1 else {'qsharp'})
+    for method, group in groups.items():
+        # What decodes in one batch shares a network and a kind of offset, and the sampler its value is of.
+        assert {(evaluated.method, evaluated.iteration, evaluated.temperature) for evaluated in group} == {
+            (method, iteration, 0.8)}
+        assert all(evaluated.guided for evaluated in group)
+        # FUDGE's weight does not depend on eta.
+        assert [evaluated.eta for evaluated in group] == ([0.1] if method == 'fudge' else [0.1, 0.5])
+
+
+def test_policies_have_rows_of_their_own():
+    keys = [tuple(evaluated.key.items()) for iteration in range(3) for group in results.policies(PLAN, iteration)
+            for evaluated in group]
+    assert len(set(keys)) == len(keys) == 3 + 5 + 2
+
+
+def test_the_plan_of_a_config():
+    config = default.get_config()
+    with config.unlocked():
+        config.eta, config.sampling.temperature = 0.3, 0.7
+        config.eval.etas, config.eval.reference_temperatures = (0.5, 0.3, 0.1), (1.0, 0.7)
+        config.eval.select_split, config.eval.split = 'validation', 'test'
+    plan = results.plan_of(config)
+    assert plan.splits == ('validation', 'test')  # eta is chosen before it is used
+    assert plan.etas == (0.1, 0.3, 0.5)  # the config's own among them, once
+    assert plan.temperatures == (0.7, 1.0)  # the sampler's own first, once
+    config.eval.select_split = ''
+    assert results.plan_of(config).splits == ('test',)
+    config.eval.select_split = 'test'
+    assert results.plan_of(config).splits == ('test',)

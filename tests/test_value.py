@@ -1,0 +1,195 @@
+"""The value model and the networks as pure functions."""
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qsharp_jax.models import networks, transformer
+from qsharp_jax.models import value as value_lib
+from qsharp_jax.models.value import ValueConfig
+from tests import test_transformer as helpers
+from tests.test_transformer import FAMILIES, full_hidden, make_params, make_tokens, positions_of, quick_jit, TINY
+
+TRUNCATED = ValueConfig(num_scores=3, layers=1, extra_layers=1, head_init='normal', head_bias=True)
+KINDS = {kind: dataclasses.replace(TRUNCATED, kind=kind) for kind in ('v', 'q')}
+
+kinds = pytest.mark.parametrize('value_config', KINDS.values(), ids=KINDS)
+
+
+@functools.partial(quick_jit, static_argnums=(0, 1))
+def start_jitted(value_config, config, reference_params):
+    return value_lib.init_value_params(jax.random.key(3), value_config, reference_params, config)
+
+
+def shaken(value_config, config=TINY):
+    """Parameters of the right shapes in which the start is forgotten."""
+    return helpers.shaken(jax.eval_shape(lambda: start_jitted(value_config, config, make_params(config))), seed=11)
+
+
+def start(value_config, config=TINY, reference_params=None):
+    reference_params = make_params(config) if reference_params is None else reference_params
+    return start_jitted(value_config, config, reference_params)
+
+
+@functools.partial(quick_jit, static_argnums=(0, 1))
+def sequence_scores(config, value_config, params, tokens):
+    """Scores of each token of plain sequences, without cache or packing.  # [B, T, K]"""
+    length = tokens.shape[1]
+    parents = jnp.broadcast_to(jnp.arange(length)[None] - 1, tokens.shape)
+    return networks.value_scores(
+        config, value_config, params, tokens, positions_of(tokens), transformer.causal_mask(length)[None], parents)
+
+
+@kinds
+@pytest.mark.parametrize('config', FAMILIES.values(), ids=FAMILIES)
+def test_packed_candidates_equal_separate_forwards(config, value_config):
+    params = shaken(value_config, config)
+    value = networks.value(config, value_config)
+    score = quick_jit(value.score)
+    tokens, candidates = make_tokens((3, 9)), make_tokens((3, 4), seed=8)
+    length, rows = jnp.array([4, 2, 3]), jnp.arange(3)
+    cache = quick_jit(value.prefill)(params, tokens[:, :4], length, value.init_cache(3, 10))
+    for _ in range(3):
+        scores, cache = score(params, tokens[rows, length], candidates, length, cache)
+        for slot in range(4):
+            # One plain sequence a row, with this candidate as its next token; what follows it cannot matter.
+            alone = tokens.at[rows, length + 1].set(candidates[:, slot])
+            expected = sequence_scores(config, value_config, params, alone)
+            np.testing.assert_allclose(scores.candidates[:, slot], expected[rows, length + 1], atol=1e-5, rtol=0)
+            if value.scores_root:
+                np.testing.assert_allclose(scores.root, expected[rows, length], atol=1e-5, rtol=0)
+        assert value.scores_root or np.all(np.isnan(scores.root))
+        length = length + 1
+
+
+@kinds
+def test_candidates_may_come_in_chunks_of_any_order(value_config):
+    params = shaken(value_config)
+    value = networks.value(TINY, value_config)
+    score = quick_jit(value.score)
+    tokens, candidates, length = make_tokens((2, 4)), make_tokens((2, 6), seed=8), jnp.array([3, 2])
+    cache = quick_jit(value.prefill)(params, tokens[:, :3], length, value.init_cache(2, 6))
+    whole, _ = score(params, tokens[:, 3], candidates, length, cache)
+    first, cache = score(params, tokens[:, 3], candidates[:, 3:], length, cache)
+    second, _ = score(params, tokens[:, 3], candidates[:, :3], length, cache)
+    parts = jnp.concatenate([second.candidates, first.candidates], axis=1)
+    np.testing.assert_allclose(whole.candidates, parts, atol=1e-5, rtol=0)
+
+
+def test_reference_step_equals_full_forward():
+    params, reference = make_params(TINY), networks.reference(TINY)
+    tokens, length, rows = make_tokens((3, 9)), jnp.array([1, 4, 3]), jnp.arange(3)
+    mask, step = transformer.causal_mask(9), quick_jit(reference.step)
+    expected = np.asarray(networks.reference_logits(TINY, params, tokens, positions_of(tokens), mask))
+    cache = quick_jit(reference.prefill)(params, tokens[:, :4], length, reference.init_cache(3, 9))
+    for _ in range(4):
+        logits, cache = step(params, tokens[rows, length], length, cache)
+        assert logits.dtype == jnp.float32
+        assert logits.shape == (3, reference.vocab_size)
+        np.testing.assert_allclose(logits, expected[rows, length], atol=1e-5, rtol=1e-5)
+        length = length + 1
+
+
+@kinds
+def test_fresh_value_is_constant(value_config):
+    zero = dataclasses.replace(value_config, head_init='zero')
+    assert np.all(sequence_scores(TINY, zero, start(zero), make_tokens((2, 6))) == 0)
+
+
+@pytest.mark.parametrize('config', FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize('extra', [0, 2])
+def test_truncated_trunk_is_the_first_layers_of_the_reference(config, extra):
+    reference_params, tokens = make_params(config), make_tokens((2, 6))
+    value_config = ValueConfig(num_scores=1, layers=1, extra_layers=extra)
+    trunk = value_lib.trunk_config(value_config, config)
+    assert trunk.layers == 1 + extra
+    got = full_hidden(trunk, start(value_config, config, reference_params)['trunk'], tokens)
+    short = {name: part for name, part in reference_params.items() if name != 'layers_1'}
+    expected = full_hidden(dataclasses.replace(config, layers=1), short, tokens)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_extra_layers_learn():
+    value_config = ValueConfig(num_scores=1, layers=1, extra_layers=1, head_init='normal')
+    params, tokens = start(value_config), make_tokens((2, 6))
+
+    def total(params):
+        return jnp.sum(networks.value_scores(
+            TINY, value_config, params, tokens, positions_of(tokens), transformer.causal_mask(6)[None], tokens))
+
+    gradient = quick_jit(jax.grad(total))(params)['trunk']['layers_1']
+    for part in (gradient['attention']['output'], gradient['mlp']['down']):
+        assert np.abs(part['kernel']).max() > 0
+
+
+@pytest.mark.parametrize('init, same', [('reference', True), ('scratch', False)])
+def test_whole_and_scratch_trunks(init, same):
+    reference_params, tokens = make_params(TINY), make_tokens((2, 6))
+    value_config = ValueConfig(num_scores=1, init=init, layers=None if same else 2)
+    trunk = start(value_config, TINY, reference_params)['trunk']
+    assert jax.tree.structure(trunk) == jax.tree.structure(reference_params)
+    got = full_hidden(value_lib.trunk_config(value_config, TINY), trunk, tokens)
+    assert np.array_equal(got, full_hidden(TINY, reference_params, tokens)) == same
+
+
+def test_copies_share_no_memory_with_the_reference():
+    reference_params = make_params(TINY)
+    value_config = ValueConfig(num_scores=1, init='reference')
+    trunk = value_lib.init_value_params(jax.random.key(0), value_config, reference_params, TINY)['trunk']
+    for copied, original in zip(jax.tree.leaves(trunk), jax.tree.leaves(reference_params)):
+        assert copied.unsafe_buffer_pointer() != original.unsafe_buffer_pointer()
+
+
+@pytest.mark.parametrize('config', FAMILIES.values(), ids=FAMILIES)
+def test_language_model_head_scores_are_the_logits(config):
+    reference_params, tokens = make_params(config), make_tokens((2, 6))
+    value_config = ValueConfig(num_scores=2, kind='q', init='reference', head_init='lm_head')
+    scores = sequence_scores(config, value_config, start(value_config, config, reference_params), tokens)
+    logits = networks.reference_logits(
+        config, reference_params, tokens, positions_of(tokens), transformer.causal_mask(6))
+    for place in range(1, 6):
+        expected = np.take_along_axis(np.asarray(logits[:, place - 1]), np.asarray(tokens[:, place:place + 1]), axis=1)
+        np.testing.assert_allclose(scores[:, place], np.repeat(expected, 2, axis=1), atol=1e-5, rtol=1e-5)
+
+
+def test_starts_with_equal_keys_are_equal():
+    value_config = ValueConfig(num_scores=2, init='scratch', layers=2, head_init='normal')
+    jax.tree.map(np.testing.assert_array_equal, start(value_config), start(value_config))
+
+
+@kinds
+def test_logical_axes_name_every_dimension(value_config):
+    axes = value_lib.logical_axes(value_config, TINY)
+
+    def check(leaf, axis):
+        assert len(axis) == leaf.ndim
+
+    jax.tree.map(check, start(value_config), axes)
+    assert axes['head']['kernel'][-1] == 'embed'
+    assert ('vocab' in axes['head']['kernel']) == (value_config.kind == 'q')
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'kind': 'x'}, 'allowed: v, q'),
+    ({'init': 'copy'}, 'allowed: truncate, reference, scratch'),
+    ({'head_init': 'ones'}, 'allowed: zero, normal, lm_head'),
+    ({'num_scores': 0}, 'num_scores is 0'),
+    ({'extra_layers': -1}, 'extra_layers is -1'),
+    ({'layers': None}, "init 'truncate' needs at least 1"),
+    ({'init': 'scratch', 'layers': 0}, "init 'scratch' needs at least 1"),
+    ({'init': 'reference'}, 'copies every layer'),
+    ({'head_init': 'lm_head'}, "needs kind 'q'"),
+])
+def test_impossible_starts_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TRUNCATED, **change)
+
+
+def test_more_layers_than_the_reference_has_are_refused():
+    with pytest.raises(ValueError, match='layers is 3, but the reference has 2'):
+        networks.value(TINY, ValueConfig(num_scores=1, layers=3))
