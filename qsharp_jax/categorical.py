@@ -1,7 +1,8 @@
 """Return distributions: what a value network's scores mean, how they are fitted, and how strongly they guide.
 
-A value network predicts Z(x, y), the law of the return when π_ref finishes the answer after prefix x and token y.
-Everything here reads raw scores [..., S]; leading axes are free and η, where asked for, has exactly those axes.
+A value network predicts Z(x, y), the law of the return when π_ref finishes the answer after prefix x and
+token y. Everything here reads raw scores [..., S]; leading axes are free and η, where asked for, has exactly
+those axes.
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array
+from qsharp_jax.types import Array
 
 KINDS = ('bernoulli', 'categorical', 'mse')
 PROJECTIONS = ('nearest', 'two_hot', 'hl_gauss')
@@ -32,8 +33,8 @@ def log_mean_exp(log_probs: Array, atoms: Array, eta: Array) -> Array:
     """
     atoms = jnp.reshape(jnp.asarray(atoms, log_probs.dtype), (1,) * (log_probs.ndim - 1) + (-1,))
     below_top = (atoms - atoms[..., -1:]) / jnp.asarray(eta)[..., None]
-    # Two forms of log E exp((Z - top) / η). The direct one cancels when the exponent is small (large η), the other
-    # when nearly all mass lies far below the top (small η); each is used where it is accurate.
+    # Two forms of log E exp((Z - top) / η). The direct one cancels when the exponent is small (large η), the
+    # other when nearly all mass lies far below the top (small η); each is used where it is accurate.
     direct = jax.nn.logsumexp(log_probs + below_top, axis=-1)
     excess = jnp.sum(jnp.exp(log_probs) * jnp.expm1(below_top), axis=-1)
     near = excess > -0.5
@@ -47,11 +48,12 @@ class ReturnDistribution:
 
     Attributes:
       kind: 'bernoulli' (one logit, two atoms), 'categorical' (one logit per atom), or 'mse' (one logit whose
-        sigmoid is regressed on the return by squared error and then read as a Bernoulli: the paper's ablation).
+        sigmoid is regressed on the return by squared error and then read as a Bernoulli: the paper's
+        ablation).
       atoms: values of the return, strictly increasing; v_min and v_max for 'bernoulli' and 'mse'.
-      projection: how an observed return is spread over the atoms: all on the 'nearest' (of two equally near ones the
-        lower), 'two_hot' (on its two neighbours, keeping the mean), or 'hl_gauss' (a normal law around it, cut to
-        the support and integrated over the cells around the atoms).
+      projection: how an observed return is spread over the atoms: all on the 'nearest' (of two equally near
+        ones the lower), 'two_hot' (on its two neighbours, keeping the mean), or 'hl_gauss' (a normal law
+        around it, cut to the support and integrated over the cells around the atoms).
       sigma: standard deviation of 'hl_gauss', in gaps between atoms.
     """
 
@@ -128,8 +130,9 @@ class ReturnDistribution:
         Args:
           scores: raw outputs of the value network.  # [..., S]
           eta: KL coefficient, > 0.  # [...]
-          offset: 'qsharp', log E exp(Z / η); 'cd', E[Z] / η (controlled decoding); 'fudge', the log of the mean
-            rescaled to [0, 1], which for rewards 0 and 1 is the log probability of success and does not depend on η.
+          offset: 'qsharp', log E exp(Z / η); 'cd', E[Z] / η (controlled decoding); 'fudge', the log of the
+            mean rescaled to [0, 1], which for rewards 0 and 1 is the log probability of success and does not
+            depend on η.
 
         Returns:
           Nats.  # [...]
@@ -146,7 +149,10 @@ class ReturnDistribution:
         raise ValueError(f'offset is {offset!r}; it must be one of {", ".join(OFFSETS)}.')
 
     def check_rewards(self, rewards: np.ndarray) -> None:
-        """Raises ValueError unless every reward has a place on the support. NaN (an abstention) is passed over."""
+        """Raises ValueError unless every reward has a place on the support.
+
+        NaN, an abstention, is passed over.
+        """
         rewards = np.asarray(rewards, np.float64)
         rewards = rewards[~np.isnan(rewards)]
         slack = 1e-6 * (self.v_max - self.v_min)
@@ -160,7 +166,7 @@ class ReturnDistribution:
         if self.kind == 'bernoulli' and self.projection == 'nearest' and between.any():
             raise ValueError(
                 f'{between.sum()} of {rewards.size} rewards are neither v_min = {self.v_min:g} nor v_max = '
-                f'{self.v_max:g}, the first is {rewards[between][0]:g}; the kind "bernoulli" would round them. '
+                f'{self.v_max:g}, the first is {rewards[between][0]:g}; "bernoulli" would round them. '
                 'Use the kind "categorical", or the projection "two_hot".')
 
     def _row(self, values: np.ndarray, like: Array) -> Array:
@@ -188,11 +194,13 @@ def make(kind: str, v_min: float, v_max: float, num_atoms: int = 2, projection: 
     if projection not in PROJECTIONS:
         raise ValueError(f'projection is {projection!r}; it must be one of {", ".join(PROJECTIONS)}.')
     if not (np.isfinite(v_min) and np.isfinite(v_max) and v_min < v_max):
-        raise ValueError(f'v_min is {v_min:g} and v_max is {v_max:g}; both must be finite and v_min the smaller.')
+        raise ValueError(
+            f'v_min is {v_min:g} and v_max is {v_max:g}; both must be finite and v_min the smaller.')
     if kind != 'categorical':
         if projection == 'hl_gauss':
-            raise ValueError(f'projection "hl_gauss" needs the kind "categorical", not {kind!r}: it spreads a return '
-                             'over neighbouring atoms. Use "nearest" or "two_hot".')
+            raise ValueError(
+                f'projection "hl_gauss" needs the kind "categorical", not {kind!r}: it spreads a return over '
+                'neighbouring atoms. Use "nearest" or "two_hot".')
         return ReturnDistribution(kind, (float(v_min), float(v_max)), projection)
     if num_atoms < 2:
         raise ValueError(f'num_atoms is {num_atoms}; a categorical distribution needs at least 2.')

@@ -54,8 +54,8 @@ class Evaluated:
         return {'method': self.method, 'iteration': self.iteration, 'eta': self.eta, 'temperature': self.temperature}
 
 
-def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int], policies: Sequence[Evaluated],
-               value_params: Params, split: str, samples: int, batch_rows: int, block_examples: int) -> list[Row]:
+def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int] | np.ndarray,
+               policies: Sequence[Evaluated], value_params: Params, split: str, samples: int, batch_rows: int, block_examples: int) -> list[Row]:
     """Returns one graded row per (example, sample, policy), reading finished blocks back instead of redoing them.
 
     Args:

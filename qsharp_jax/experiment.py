@@ -92,7 +92,7 @@ class Experiment:
         rows = sharding.shard_batch(self.mesh, (units.rows, units.examples, units.samples, units.real))
         return Units(*shared, *rows)
 
-    def answer_text(self, tokens: Sequence[int]) -> str:
+    def answer_text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Returns the text of an answer without the token that ended it."""
         ids = [int(token) for token in tokens]
         if ids and ids[-1] in self.eos_ids:
@@ -259,5 +259,18 @@ def grade(experiment: Experiment, prompts: Prompts, index: np.ndarray, texts: Se
         experiment.reward, [prompts.texts[i] for i in index], list(texts),
         {name: [column[i] for i in index] for name, column in prompts.columns.items()},
         **experiment.config.reward_options)
-    experiment.distribution.check_rewards(result)
+    try:
+        experiment.distribution.check_rewards(result)
+    except ValueError as error:
+        row = next(row for row, earned in enumerate(result) if not _fits(experiment, earned))
+        raise ValueError(f'reward {experiment.reward.spec!r} returned {result[row]:g} in row {row}, for the completion '
+                         f'{texts[row]!r}: {error}') from error
     return result
+
+
+def _fits(experiment: Experiment, reward: float) -> bool:
+    try:
+        experiment.distribution.check_rewards(np.array([reward]))
+    except ValueError:
+        return False
+    return True

@@ -9,9 +9,9 @@ import numpy as np
 
 from qsharp_jax import calibration, checkpoint, collect, learner, progress, sharding
 from qsharp_jax.data.dataset import AggregatedDataset
-from qsharp_jax.data.packing import FitBatch, FitBatches, attention_mask, split_examples
+from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches, split_examples
 from qsharp_jax.experiment import Experiment
-from qsharp_jax.metrics import Writer, replace_text
+from qsharp_jax.metrics import replace_text, Writer
 from qsharp_jax.models import networks
 from qsharp_jax.types import Array, Params
 

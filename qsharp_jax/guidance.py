@@ -1,10 +1,12 @@
-"""The policy π(y | x) ∝ π_ref(y | x) · weight(x, y): the one place where logits and values become a sampled law.
+"""The policy π(y | x) ∝ π_ref(y | x) · weight(x, y): the one place where logits and values become a law.
 
-Sampler, KL and log-probabilities all read `policy_log_probs`. Every function takes a batch of rows and must not be
-vmapped: work that only some settings need (a nucleus, a greedy row) is skipped when no row of the batch needs it.
+Sampler, KL and log-probabilities all read `policy_log_probs`. Every function takes a batch of rows and must
+not be vmapped: work that only some settings need (a nucleus, a greedy row) is skipped when no row needs it.
 Each row's result depends on that row alone.
 """
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 from jax import lax
@@ -19,11 +21,11 @@ ORDERS = ('paper', 'after_sampler')
 
 _HEAD = 256  # a nucleus that ends among this many most probable tokens is found without looking at the others
 _BLOCK = 256  # tokens that share one draw of noise in the first stage of `sample`
-_MIN_OUTSIDE_MASS = 1e-3  # below it, the weight that soft_bellman divides by the outside mass is rounding error
+_MIN_OUTSIDE_MASS = 1e-3  # below it, what soft_bellman divides by the outside mass is rounding error
 
 
 def reference_log_probs(logits: Array, temperature: Array) -> Array:
-    """The reference without truncation, log softmax(logits / temperature): what the paper's KL is measured to.
+    """log softmax(logits / temperature), the reference without truncation: the paper's KL is measured to it.
 
     # [B, V], [B] (> 0) -> [B, V]
     """
@@ -33,8 +35,9 @@ def reference_log_probs(logits: Array, temperature: Array) -> Array:
 def sampler_log_probs(logits: Array, policy: types.Policy) -> Array:
     """The reference as it is sampled: temperature, then top-k, then top-p.
 
-    Among equally probable tokens the lower id ranks first. Temperature 0 puts all mass on the first-ranked token.
-    Top-p keeps the shortest run of first-ranked tokens whose mass (after top-k) reaches it, at least one token.
+    Among equally probable tokens the lower id ranks first. Temperature 0 puts all mass on the first-ranked
+    token. Top-p keeps the shortest run of first-ranked tokens whose mass (after top-k) reaches it, at least
+    one token.
 
     Args:
       logits: of the reference.  # [B, V]
@@ -46,12 +49,12 @@ def sampler_log_probs(logits: Array, policy: types.Policy) -> Array:
     return jax.nn.log_softmax(_sampler_logits(logits, policy), axis=-1)
 
 
-def policy_log_probs(logits: Array, log_weight: Array, scored: Array, root_log_weight: Array, first_token: Array,
-                     policy: types.Policy, *, outside: str, order: str) -> Array:
+def policy_log_probs(logits: Array, log_weight: Array, scored: Array, root_log_weight: Array,
+                     first_token: Array, policy: types.Policy, *, outside: str, order: str) -> Array:
     """THE distribution the next token is sampled from.
 
-    At η = inf it is bit for bit `sampler_log_probs(logits, policy)`, whatever was scored; under `mean` also where
-    all scored tokens weigh the same.
+    At η = inf it is bit for bit `sampler_log_probs(logits, policy)`, whatever was scored; under `mean` also
+    where all scored tokens weigh the same.
 
     Args:
       logits: of the reference.  # [B, V]
@@ -60,12 +63,13 @@ def policy_log_probs(logits: Array, log_weight: Array, scored: Array, root_log_w
       root_log_weight: log weight of the token chosen last; read by `soft_bellman` only.  # [B]
       first_token: whether the answer is still empty, so that the root's value was never fitted.  # [B] bool
       policy: parameters of each row.
-      outside: one of `OUTSIDE`, see `offsets`. Tokens are weighed there by the row's sampler, the one its value was
-        fitted for; a row at temperature 0, at which no data are collected, by its sampler at temperature 1.
-      order: 'paper' adds the offsets to the logits and then applies temperature, top-k and top-p, so that those cut
-        and sharpen the guided law, as the official code does. 'after_sampler' takes the sampler with its
-        temperature and its cuts for π_ref, as the theory does, and cuts nothing after; a greedy row then has no
-        choice left to guide.
+      outside: one of `OUTSIDE`, see `offsets`. Tokens are weighed there by the row's sampler, the one its
+        value was fitted for; a row at temperature 0, at which no data are collected, by its sampler at
+        temperature 1.
+      order: 'paper' adds the offsets to the logits and then applies temperature, top-k and top-p, so that
+        those cut and sharpen the guided law, as the official code does. 'after_sampler' takes the sampler
+        with its temperature and its cuts for π_ref, as the theory does, and cuts nothing after; a greedy row
+        then has no choice left to guide.
 
     Returns:
       Log-probabilities, -inf for tokens that cannot be drawn.  # [B, V]
@@ -79,8 +83,8 @@ def policy_log_probs(logits: Array, log_weight: Array, scored: Array, root_log_w
         sampler = _sampler_logits(logits, policy)
         weighing = jax.nn.log_softmax(sampler, axis=-1)
     elif outside in ('mean', 'soft_bellman'):
-        collecting = policy.replace(temperature=jnp.where(policy.temperature > 0, policy.temperature, 1.0))
-        weighing = sampler_log_probs(logits, collecting)
+        temperature = jnp.where(policy.temperature > 0, policy.temperature, 1.0)
+        weighing = sampler_log_probs(logits, dataclasses.replace(policy, temperature=temperature))
     else:
         weighing = logits
     added = offsets(weighing, log_weight, scored, root_log_weight, first_token, policy.eta, outside)
@@ -89,8 +93,8 @@ def policy_log_probs(logits: Array, log_weight: Array, scored: Array, root_log_w
     return sampler_log_probs(logits + added, policy)
 
 
-def offsets(sampler_log_probs: Array, log_weight: Array, scored: Array, root_log_weight: Array, first_token: Array,
-            eta: Array, outside: str) -> Array:
+def offsets(sampler_log_probs: Array, log_weight: Array, scored: Array, root_log_weight: Array,
+            first_token: Array, eta: Array, outside: str) -> Array:
     """What guidance adds to the logits: log weights less that of the best scored token, whose offset is 0.
 
     A token that was not scored gets, before centring, the log weight
@@ -99,9 +103,9 @@ def offsets(sampler_log_probs: Array, log_weight: Array, scored: Array, root_log
       remove: -inf, as the official star-graph code;
       min: the least of the scored tokens;
       mean: the mean weight of the scored tokens under the sampler;
-      soft_bellman: what is left of the root's weight, (w(root) - Σ π w) / (1 - Σ π) over the scored tokens, since
-        the weight of a prefix is the mean of its tokens' weights; kept within the range of the scored weights, and
-        `mean` at the first token or where the sampler puts less than 1e-3 on all such tokens.
+      soft_bellman: what is left of the root's weight, (w(root) - Σ π w) / (1 - Σ π) over the scored tokens,
+        since the weight of a prefix is the mean of its tokens' weights; kept within the range of the scored
+        weights, and `mean` at the first token or where the sampler puts less than 1e-3 on all such tokens.
 
     Args:
       sampler_log_probs: π, the normalised sampler; read by `mean` and `soft_bellman` only.  # [B, V]
@@ -137,7 +141,8 @@ def offsets(sampler_log_probs: Array, log_weight: Array, scored: Array, root_log
         if outside == 'soft_bellman':
             outside_mass = _log_sum(sampler_log_probs, ~scored)
             root = jnp.where(jnp.isneginf(best), 0.0, root_log_weight[:, None] - best)
-            left = jnp.where(inside_weight >= root, -jnp.inf, root + jnp.log1p(-jnp.exp(inside_weight - root)))
+            left = root + jnp.log1p(-jnp.exp(inside_weight - root))
+            left = jnp.where(inside_weight >= root, -jnp.inf, left)
             untold = first_token[:, None] | (outside_mass < jnp.log(_MIN_OUTSIDE_MASS))
             rest = jnp.where(untold, rest, left - outside_mass)
         # The range is also what makes equal weights leave no trace: rounding cannot escape [0, 0].
@@ -147,22 +152,28 @@ def offsets(sampler_log_probs: Array, log_weight: Array, scored: Array, root_log
 
 
 def kl_divergence(log_p: Array, log_q: Array) -> Array:
-    """KL(p ‖ q) in nats over the whole vocabulary; `inf` where p has mass that q has not.  # [B, V] x 2 -> [B]"""
+    """KL(p ‖ q) in nats over the whole vocabulary; `inf` where p has mass that q has not.
+
+    # [B, V] x 2 -> [B]
+    """
     impossible = jnp.isneginf(log_p)
     difference = jnp.where(impossible, 0.0, log_p) - jnp.where(impossible, 0.0, log_q)
     return jnp.maximum(jnp.sum(jnp.exp(log_p) * difference, axis=-1), 0.0)
 
 
 def top_candidates(log_probs: Array, count: int) -> Array:
-    """Ids of the `count` most probable tokens, best first, the lower id first of equals.  # [B, V] -> [B, C] int32"""
+    """Ids of the `count` most probable tokens, best first, the lower id first of equals.
+
+    # [B, V] -> [B, C] int32
+    """
     return lax.top_k(log_probs, count)[1]
 
 
 def sample(keys: Array, log_probs: Array) -> Array:
     """One token per row, by the Gumbel-max rule with the row's own key; tokens at -inf are never drawn.
 
-    The rule is applied to the masses of blocks of tokens and then inside the winning block: the same law as noise
-    on every token, for a hundredth of the random numbers.
+    The rule is applied to the masses of blocks of tokens and then inside the winning block: the same law as
+    noise on every token, for a hundredth of the random numbers.
 
     Args:
       keys: typed keys.  # [B]
@@ -201,15 +212,19 @@ def _sampler_logits(logits: Array, policy: types.Policy) -> Array:
 
 
 def _nucleus(logits: Array, limit: Array, top_p: Array) -> Array:
-    """Which tokens remain of the `limit` best once their mass reaches `top_p`.  # [B, V], [B], [B] -> [B, V] bool"""
+    """Which tokens remain of the `limit` best once their mass reaches `top_p`.
+
+    # [B, V], [B], [B] -> [B, V] bool
+    """
     vocab = logits.shape[-1]
     logits = jnp.where(logits == 0, 0.0, logits)  # sorting ranks -0 below 0
     head = min(_HEAD, vocab)
-    # The barrier keeps XLA from turning a slice of the k best into a slice of a full sort, at sixty times the cost.
+    # The barrier keeps XLA from turning a slice of the k best into one of a full sort, sixty times dearer.
     values, ids = lax.optimization_barrier(lax.top_k(logits, head))
     rank = jnp.arange(head)[None]
     mass = jnp.where(rank < limit[:, None], jnp.exp(values - values[:, :1]), 0.0)
-    total = jnp.where(limit <= head, jnp.sum(mass, axis=-1), jnp.sum(jnp.exp(logits - values[:, :1]), axis=-1))
+    everything = jnp.sum(jnp.exp(logits - values[:, :1]), axis=-1)
+    total = jnp.where(limit <= head, jnp.sum(mass, axis=-1), everything)
     before = jnp.cumsum(mass, axis=-1) - mass
     kept = (rank < limit[:, None]) & (before < _target(top_p, total)[:, None])
     last = jnp.sum(kept, axis=-1, keepdims=True) - 1
@@ -239,7 +254,9 @@ def _target(top_p: Array, total: Array) -> Array:
 def _shortest_run(logits: Array, mass: Array, target: Array) -> Array:
     """The fewest first-ranked tokens whose mass reaches the target, by bisection over all float32 numbers.
 
-    Thirty-two passes over the vocabulary take a fifth of the time of sorting it.  # [B, V] x 2, [B] -> [B, V] bool
+    Thirty-two passes over the vocabulary take a fifth of the time of sorting it.
+
+    # [B, V] x 2, [B] -> [B, V] bool
     """
     bits = lax.bitcast_convert_type(logits, jnp.int32)
     place = jnp.where(bits < 0, bits ^ jnp.int32(0x7fffffff), bits)  # increases with the number

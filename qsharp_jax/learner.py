@@ -170,7 +170,7 @@ def make_update(
 
         def loss_fn(trained: Params, part: FitBatch) -> tuple[Array, tuple[Array, Array]]:
             scores = scores_fn(_merge(trained, frozen), part)
-            loss = jnp.sum(part.weights * distribution.loss(scores, part.rewards)) / num_samples
+            loss = jnp.sum(part.weights * distribution.loss(scores, jnp.asarray(part.rewards))) / num_samples
             right = jnp.sum(part.weights * _right(distribution, scores, part)) / num_samples
             return loss, (loss, right)
 
@@ -259,7 +259,7 @@ def make_predict(
         scores = scores_fn(params, batch)
         weights = [distribution.log_weight(scores, jnp.full(scores.shape[:-1], eta)) for eta in etas]
         return {
-            'loss': distribution.loss(scores, batch.rewards),
+            'loss': distribution.loss(scores, jnp.asarray(batch.rewards)),
             'right': _right(distribution, scores, batch),
             'mean': distribution.mean(scores),
             'log_weight': jnp.stack(weights, -1) if weights else jnp.zeros((*scores.shape[:-1], 0)),

@@ -79,7 +79,7 @@ class Evaluation:
         self._answers: dict[tuple[str, Evaluated], list[Row]] = {}
         self._results = ResultsFile(parts.workdir / 'results.jsonl')
 
-    def run(self, iteration: int, values: Params) -> None:
+    def run(self, iteration: int, values: Params, record: bool = True) -> None:
         """Adds the rows of every policy of an iteration to results.jsonl.
 
         The eta with the best pass@1 on the selection split, of equals the weakest guidance, is marked in the rows of
@@ -88,6 +88,7 @@ class Evaluation:
         Args:
           iteration: 0 for the reference, else that of the value network.
           values: parameters of that network; None for iteration 0.
+          record: False to draw the answers for comparisons only, and leave results.jsonl as it is.
         """
         plan = self._plan
         for group in policies(plan, iteration):
@@ -99,7 +100,8 @@ class Evaluation:
                     best = max(rows, key=lambda row: (row['pass@1'], row['eta']))['eta']
                 for row in rows:
                     row['selected'] = row['eta'] == (float(self._parts.config.eta) if best is None else best)
-                self._results.add(rows)
+                if record:
+                    self._results.add(rows)
 
     def _answer(self, group: Sequence[Evaluated], values: Params, split: str) -> None:
         parts, plan = self._parts, self._plan

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 
@@ -73,7 +74,8 @@ class Units(NamedTuple):
     real: Array
 
 
-class Rollouts(NamedTuple):
+@struct.dataclass
+class Rollouts:
     """Spliced answers.
 
     Attributes:

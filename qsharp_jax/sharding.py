@@ -160,8 +160,8 @@ def _partition(mesh: Mesh, path: str, axes: Any, shape: tuple[int, ...]) -> Part
 def bytes_per_device(mesh: Mesh, logical_axes: Any, shapes: Any) -> float:
     """Returns the memory that parameters take on each device, in bytes. Arguments as in `param_shardings`."""
     shardings = param_shardings(mesh, logical_axes, shapes)
-    sizes = jax.tree.map(lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
-                         shapes, shardings)
+    sizes = jax.tree.map(
+        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize, shapes, shardings)
     return float(sum(jax.tree.leaves(sizes)))
 
 
@@ -232,8 +232,8 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
 def constrain_rows(tree: Any, like: jax.Array) -> Any:
     """Returns `tree`, inside jit, with the leading axis of each array split as `shard_batch` splits rows.
 
-    Arrays that a jitted function makes itself, or gathers from ones that are whole on every device, have no layout
-    of their own, and the compiler may well keep them whole.
+    Arrays that a jitted function makes itself, or gathers from ones that are whole on every device, have no
+    layout of their own, and the compiler may well keep them whole.
 
     Args:
       tree: of arrays with rows as leading axis.

@@ -14,11 +14,12 @@ import time
 
 import ml_collections
 
-from qsharp_jax import checkpoint, collect, describe, experiment, fit, progress, report
+from qsharp_jax import checkpoint, collect
 from qsharp_jax import config as config_lib
+from qsharp_jax import describe, experiment, fit, progress, report
 from qsharp_jax.categorical import OFFSETS
 from qsharp_jax.experiment import Experiment
-from qsharp_jax.metrics import replace_text
+from qsharp_jax.metrics import read_rows, replace_text
 from qsharp_jax.results import Evaluation, plan_of
 from qsharp_jax.types import Params
 
@@ -149,6 +150,8 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
         examples={split: examples or usual.examples.get(split, 0)}, samples=samples or usual.samples,
         temperatures=usual.temperatures[:1])
     evaluation = Evaluation(parts, plan)
-    evaluation.run(0, None)
+    # The run's own rows of the reference stand, which may be of more answers than these.
+    there = any(row['method'] == 'reference' and row['split'] == split for row in read_rows(workdir / 'results.jsonl'))
+    evaluation.run(0, None, record=not there)
     evaluation.run(chosen, values)
     report.print_results(workdir)

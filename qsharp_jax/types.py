@@ -8,14 +8,13 @@ fake, and a sharded transformer are interchangeable.
 """
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+import dataclasses
+from typing import Any, TypeAlias
 
 from flax import struct
-import jax
 
-Array = jax.Array
+Array: TypeAlias = Any  # a jax.Array on the devices, or a np.ndarray on its way there and back
 Params = Any  # a plain tree of arrays
 Cache = Any  # a tree of arrays; every leaf has the batch as its leading axis, so rows can be repeated or picked
 

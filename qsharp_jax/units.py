@@ -37,7 +37,7 @@ def prompt_width(prompts: Prompts) -> int:
     return round_up(max(len(tokens) for tokens in prompts.tokens), 8)
 
 
-def batches(prompts: Prompts, which: Sequence[int], samples: int, policies: int, batch_rows: int,
+def batches(prompts: Prompts, which: Sequence[int] | np.ndarray, samples: int, policies: int, batch_rows: int,
             width: int) -> Iterator[UnitBatch]:
     """Yields every (example, sample, policy) once, example by example, in batches of one shape.
 

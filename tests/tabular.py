@@ -1,8 +1,9 @@
-"""The oracle: languages so small that every answer can be listed, and their exact values, policies and divergences.
+"""The oracle: languages so small that every answer can be listed, with exact values and policies.
 
-A language is a tree per prompt. Node 0 is the empty answer; the child of node m by token y is node m · V + 1 + y. An
-answer ends at an end-of-sequence token or after `horizon` tokens. All tables are float64 numpy and indexed [N prompts,
-M nodes]; random logits are multiples of 1/8, so that float32 networks made from them are exact.
+A language is a tree per prompt. Node 0 is the empty answer; node m · V + 1 + y is the child of node m by
+token y. An answer ends at an end-of-sequence token or after `horizon` tokens. All tables are float64 numpy,
+indexed [N prompts, M nodes]; random logits are multiples of 1/8, so that float32 networks made from them are
+exact.
 
 `as_reference` and `as_value` show a language to the decoder as networks whose cache is the token history.
 """
@@ -16,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import categorical
-from qsharp_jax import types
+from qsharp_jax import categorical, types
 
 NEVER = -1e6  # a log-probability of 0 that float32 arithmetic keeps finite
 
@@ -63,7 +63,8 @@ class Language:
     @functools.cached_property
     def open(self) -> np.ndarray:
         """Nodes at which an answer goes on.  # [M] bool"""
-        return np.array([not set(answer) & set(self.eos) and len(answer) < self.horizon for answer in self.answers])
+        return np.array([
+            not set(answer) & set(self.eos) and len(answer) < self.horizon for answer in self.answers])
 
     def node(self, answer: Sequence[int]) -> int:
         node = 0
@@ -72,7 +73,7 @@ class Language:
         return node
 
     def children(self, table: np.ndarray) -> np.ndarray:
-        """Reads a table [N, M, ...] at the children of every node: [N, M, V, ...], zeros below the last level."""
+        """A table [N, M, ...] read at the children of every node: [N, M, V, ...], 0 below the last level."""
         num_nodes, vocab = table.shape[1], self.vocab_size
         found = np.zeros((len(table), num_nodes, vocab) + table.shape[2:])
         inner = (num_nodes - 1) // vocab
@@ -191,7 +192,7 @@ class Language:
         return jnp.asarray(np.clip(logit, NEVER, -NEVER), jnp.float32)[..., None]
 
     def counted_law(self, units: Iterable[tuple[int, Sequence[int], int, float]]) -> np.ndarray:
-        """The maximum-likelihood fit of Z: at each node the shares of the returns seen there, uniform if none were.
+        """The maximum-likelihood fit of Z: the shares of the returns seen at each node, uniform if none were.
 
         Args:
           units: (prompt index, answer, cut, return); the tokens of the answer from the cut on are fitted.
@@ -235,7 +236,7 @@ def random_language(seed: int, *, vocab_size: int = 3, horizon: int = 3, num_pro
 
 
 def theorem_tree(p_left: float = 0.5) -> Language:
-    """The tree of the paper's theorem 4.2: left (token 0) is worth 0.1, right is worth 1 once in twenty times."""
+    """The tree of the paper's theorem 4.2: left (token 0) is worth 0.1, right is worth 1 once in 20 times."""
     logits = np.zeros((1, 7, 2))
     logits[0, 0] = np.log([p_left, 1 - p_left])
     logits[0, 2] = np.log([0.95, 0.05])
@@ -244,7 +245,7 @@ def theorem_tree(p_left: float = 0.5) -> Language:
 
 
 def dyadic_reference(vocab_size: int, seed: int = 0) -> types.Reference:
-    """A language of any length: logits are multiples of 1/4 drawn by a hash of all tokens so far. No params."""
+    """A language of any length: logits, multiples of 1/4, drawn by a hash of all tokens so far. No params."""
     def step(params, token, length, cache):
         cache = _write(cache, token, length)
         drawn = _hashed(cache['tokens'], length + 1, jnp.arange(vocab_size, dtype=jnp.uint32)[None], seed)
@@ -253,7 +254,7 @@ def dyadic_reference(vocab_size: int, seed: int = 0) -> types.Reference:
 
 
 def dyadic_value(num_scores: int = 1, seed: int = 1) -> types.Value:
-    """Scores for `dyadic_reference`: multiples of 1/4 in [-2, 2), drawn by a hash of all tokens so far. No params."""
+    """Scores for `dyadic_reference`: multiples of 1/4 in [-2, 2), drawn by the same hash. No params."""
     def draw(tokens, count):
         drawn = _hashed(tokens, count, jnp.arange(num_scores, dtype=jnp.uint32)[None], seed)
         return (drawn % 16).astype(jnp.float32) / 4 - 2
@@ -266,8 +267,9 @@ def dyadic_value(num_scores: int = 1, seed: int = 1) -> types.Value:
     return types.Value(_init_cache, _prefill, score)
 
 
-def sampler_probs(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
-    """Temperature, then top-k, then top-p, row by row and token by token, as slowly as it is said.  # [..., V]"""
+def sampler_probs(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0,
+                  top_p: float = 1.0) -> np.ndarray:
+    """Temperature, then top-k, then top-p, row by row and token by token.  # [..., V]"""
     rows = np.asarray(logits, np.float64).reshape(-1, logits.shape[-1])
     found = np.zeros_like(rows)
     for row, result in zip(rows, found):

@@ -27,6 +27,7 @@ def test_auc_counts_weighted_pairs_and_half_of_the_ties(seed):
     assert calibration.auc(predicted, observed > 0, weights) == pytest.approx(won / pairs, abs=1e-12)
 
 
+@pytest.mark.filterwarnings('error')
 def test_auc_of_perfect_reversed_constant_and_one_sided_predictions():
     positive, ones = np.array([0, 0, 1, 1]), np.ones(4)
     assert calibration.auc(np.arange(4), positive, ones) == 1

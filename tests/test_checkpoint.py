@@ -83,6 +83,15 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path):
     assert saved.restore_latest(_state())[1] == {'at': 'again'}
 
 
+def test_a_changed_number_in_the_meta_is_noticed(tmp_path):
+    saved = checkpoint.Checkpoints(tmp_path, keep=1)
+    saved.save(1, _state(1), {'at': 12345})
+    file = tmp_path / '1' / 'meta' / 'metadata'
+    file.write_text(file.read_text().replace('12345', '12346'))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='JSON is not what was saved'):
+        saved.restore_latest(_state())
+
+
 def test_any_changed_byte_is_either_harmless_or_noticed(tmp_path):
     checkpoint.Checkpoints(tmp_path / 'good', keep=1).save(1, _state(1), {'at': 1})
     noticed = 0

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qsharp_jax import categorical
-from qsharp_jax import decoding
-from qsharp_jax import types
+from qsharp_jax import categorical, decoding, types
 from tests import tabular
 
 VOCAB = 11
@@ -43,8 +41,8 @@ def padded(prompts, filler=8):
     return jnp.asarray(tokens), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
 
 
-def write(how, policy, rows, samples, limit=6, *, prompts=PROMPTS, eos=EOS, reference=REFERENCE, params=(None, None),
-          buffer=6):
+def write(how, policy, rows, samples, limit=6, *, prompts=PROMPTS, eos=EOS, reference=REFERENCE,
+          params=(None, None), buffer=6):
     """The finished state of the answers to `prompts[rows]`, with the noise of (row, sample)."""
     rows, samples = jnp.asarray(rows, jnp.int32), jnp.asarray(samples, jnp.int32)
     keys = decoding.unit_keys(0, 0, 'evaluate', rows, samples)
@@ -54,7 +52,8 @@ def write(how, policy, rows, samples, limit=6, *, prompts=PROMPTS, eos=EOS, refe
 
 
 def answers(state):
-    return [tuple(row[:count]) for row, count in zip(np.asarray(state.tokens).tolist(), np.asarray(state.count))]
+    tokens = np.asarray(state.tokens).tolist()
+    return [tuple(row[:count]) for row, count in zip(tokens, np.asarray(state.count))]
 
 
 ROWS, SAMPLES = np.repeat(np.arange(3), 4), np.tile(np.arange(4), 3)  # twelve units, the usual batch
@@ -82,8 +81,8 @@ def test_a_constant_value_changes_nothing_under_mean():
     etas = np.tile([1e-3, 0.1, 1.0, np.inf], 3)
     temperature = np.repeat([1.0, 0.7, 0.0], 4)
     plain = write(PLAIN, policy_of(etas, temperature, top_p=0.9), ROWS, SAMPLES)
-    same = write(decoding.Guidance(constant, BERNOULLI, candidates=4), policy_of(etas, temperature, top_p=0.9),
-                 ROWS, SAMPLES)
+    how = decoding.Guidance(constant, BERNOULLI, candidates=4)
+    same = write(how, policy_of(etas, temperature, top_p=0.9), ROWS, SAMPLES)
     assert answers(same) == answers(plain)
     np.testing.assert_array_equal(same.kl, plain.kl)
 
@@ -121,7 +120,8 @@ def drawn(order, temperature, top_p, candidates):
     if order == 'after_sampler':
         policy = tree.optimal_policy(ETA, sampler)
     else:
-        log_weight = np.log(law @ np.exp(tree.support / ETA), where=law.sum(-1) > 0, out=np.zeros(law.shape[:2]))
+        weight = law @ np.exp(tree.support / ETA)
+        log_weight = np.log(weight, where=weight > 0, out=np.zeros_like(weight))
         policy = tabular.sampler_probs(tree.logits + tree.children(log_weight), temperature, 0, top_p)
     return Drawn(policy, tree.reference(temperature), temperature, prompt, state)
 
@@ -198,7 +198,8 @@ def test_values_are_the_expected_returns_of_scored_tokens():
     scores, _ = VALUE.score(None, root, chosen[:, None], length, {'tokens': tokens})
     rank = np.argsort(np.argsort(-np.asarray(logits), axis=-1, kind='stable'), axis=-1)
     expected = np.full((12, 6), np.nan)
-    for (row, place), token, ranks, score in zip(places, chosen, rank, np.asarray(scores.candidates)[:, 0, 0]):
+    logit = np.asarray(scores.candidates)[:, 0, 0]
+    for (row, place), token, ranks, score in zip(places, chosen, rank, logit):
         if ranks[token] < PAPER.candidates:
             expected[row, place] = 1 / (1 + np.exp(-score))
     np.testing.assert_allclose(found.values, expected, atol=1e-6)
@@ -216,7 +217,8 @@ def test_all_policies_share_one_compilation():
     first = len(traces)
     assert first > 0
     for eta, temperature, top_k, top_p in ((np.inf, 1.0, 0, 1.0), (0.5, 0.0, 3, 1.0), (2.0, 0.7, 0, 0.8)):
-        write(PAPER, policy_of(np.full(12, eta), temperature, top_k, top_p), ROWS, SAMPLES, 4, reference=counted)
+        other = policy_of(np.full(12, eta), temperature, top_k, top_p)
+        write(PAPER, other, ROWS, SAMPLES, 4, reference=counted)
     assert len(traces) == first
 
 
@@ -305,7 +307,7 @@ def test_finished_rows_never_change():
 
 @pytest.mark.parametrize('how', (PAPER, AFTER))
 def test_going_on_from_a_cut_is_starting_from_the_longer_prompt(how):
-    # Greedy, since a fresh start has other noise; 'after_sampler' then has no choice, so there the KL is compared.
+    # Greedy, since a fresh start has other noise; 'after_sampler' then has no choice, and the KL tells.
     etas = np.tile([0.1, 0.5, np.inf], 4)
     warm, policy = policy_of(etas, 1.5), policy_of(etas, 0.0)
     first = write(how, warm, ROWS, SAMPLES)

@@ -16,7 +16,8 @@ from qsharp_jax import estimators
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(samples, k):
     correct = np.random.default_rng(samples * 10 + k).random((7, samples)) < 0.3
     correct[0], correct[1] = False, True
-    shares = [statistics.mean(any(subset) for subset in itertools.combinations(row.tolist(), k)) for row in correct]
+    shares = [statistics.mean(any(subset) for subset in itertools.combinations(row, k))
+              for row in correct.tolist()]
     assert estimators.pass_at_k(correct, k) == pytest.approx(statistics.mean(shares), abs=1e-12)
 
 
@@ -44,7 +45,7 @@ def vote(texts, rewards):
 
 def test_majority_is_the_expected_vote():
     random = np.random.default_rng(0)
-    answers = [['a', 'b', 'a', 'b', 'c'], ['a', 'a', 'b', 'c', ''], ['', '', '', '', ''], ['', '', '', 'a', 'b'],
+    answers = [['a', 'b', 'a', 'b', 'c'], ['a', 'a', 'b', 'c', ''], [''] * 5, ['', '', '', 'a', 'b'],
                *(random.choice(['a', 'b', 'c', ''], 5).tolist() for _ in range(12))]
     rewards = random.random((len(answers), 5)).round(2)
     expected = [vote(texts, earned) for texts, earned in zip(answers, rewards.tolist())]

@@ -9,8 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from qsharp_jax import estimators
-from qsharp_jax import evaluate
+from qsharp_jax import estimators, evaluate
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.evaluate import Evaluated
 
@@ -23,7 +22,8 @@ def row(example, sample, text, reward, *, kl=0.0, tokens=1, truncated=False, sec
 # Two examples, four samples each, in no order. Example 3: a tie between a right and a wrong answer, and one
 # abstention. Example 7: a wrong majority.
 ROWS = [
-    row(7, 1, '5', 0.0, kl=1.0, tokens=2), row(3, 0, 'x', 1.0, kl=2.0, tokens=3), row(7, 0, ' 5\n', 0.0, tokens=2),
+    row(7, 1, '5', 0.0, kl=1.0, tokens=2), row(3, 0, 'x', 1.0, kl=2.0, tokens=3),
+    row(7, 0, ' 5\n', 0.0, tokens=2),
     row(3, 2, 'y', 0.0, kl=0.5, tokens=1), row(7, 3, '6', 1.0, kl=4.0, tokens=4, truncated=True),
     row(3, 1, 'x ', 1.0, tokens=1), row(3, 3, 'y', None, kl=0.5, tokens=6), row(7, 2, '5', 0.0, tokens=1),
 ]
@@ -83,7 +83,7 @@ def test_policies_are_compared_example_by_example():
     assert mean == pytest.approx(0.125)
     assert error == pytest.approx(statistics.stdev([0, 0.25]) / math.sqrt(2))
     with pytest.raises(ValueError, match='same examples'):
-        evaluate.compare(ROWS, [own for own in ROWS if own['id'] == 7], 0.0)
+        evaluate.compare(ROWS, [{**own, 'id': own['id'] + 1} for own in ROWS], 0.0)
 
 
 PROMPTS = Prompts(np.array([4, 2, 9, 6, 8]), [[1], [2, 3], [4], [5], [6]], list('abcde'), {})
@@ -97,7 +97,8 @@ def fixture_asked(monkeypatch):
     def answer(experiment, prompts, policies, value_params, split, batch):
         rows = []
         for place in range(batch.real):
-            unit = (int(prompts.ids[batch.index[place]]), int(batch.units.samples[place]), int(batch.policies[place]))
+            unit = (int(prompts.ids[batch.index[place]]), int(batch.units.samples[place]),
+                    int(batch.policies[place]))
             asked.append(unit)
             rows.append({'id': unit[0], 'sample': unit[1], 'policy': unit[2], 'eta': policies[unit[2]].eta,
                          'text': 'a', 'reward': 0.5, 'reward_digest': experiment.reward.digest})

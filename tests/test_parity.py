@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,19 +166,35 @@ def smollm2():
     return file, jax.tree.map(jnp.asarray, pretrained.load_params(file)), tokenizers.from_gguf(file.metadata)
 
 
+GGUF_NAMES = {
+    'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm', 'attn_q': 'self_attn.q_proj',
+    'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj', 'attn_output': 'self_attn.o_proj',
+    'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj'}
+
+
 @functools.cache
 def torch_smollm2():
-    """transformers' own reading of the file: its dequantisation, its un-permutation."""
-    import torch
-    import transformers
-    path = smollm2()[0].path
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation='eager').eval()
+    """The file read by gguf's own reader, with the rotation undone as transformers does it."""
+    file = smollm2()[0]
+    state = {}
+    for tensor in gguf.GGUFReader(file.path).tensors:
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        kind = tensor.name.split('.')[-2]
+        if kind in ('attn_q', 'attn_k'):
+            heads = 9 if kind == 'attn_q' else 3
+            array = array.reshape(heads, 32, 2, 576).swapaxes(1, 2).reshape(array.shape)
+        if tensor.name.startswith('blk.'):
+            state[f'model.layers.{tensor.name.split(".")[1]}.{GGUF_NAMES[kind]}.weight'] = array
+        else:
+            state[{'token_embd': 'model.embed_tokens.weight', 'output_norm': 'model.norm.weight'}[kind]] = array
+    state['lm_head.weight'] = state['model.embed_tokens.weight']
+    return torch_model(torch_config('llama', file.config), state)
 
 
 def test_smollm2_logits_in_prefill_and_cached_decode():
     file, params, tokenizer = smollm2()
-    text = ('Question: 12 + 30 = ?\nAnswer: 42\nThe café is open; naïve 東京 tokens, and def f(x): return x ** 2 too. ' * 2)
+    text = 'Question: 12 + 30 = ?\nAnswer: 42\nThe café is open; naïve 東京 tokens, and def f(x): return x ** 2 too. '
+    text *= 2
     tokens = jnp.asarray([tokenizer.encode(text)[:64]])
     expected = torch_logits(torch_smollm2(), tokens)
     np.testing.assert_allclose(our_logits(file.config, params, tokens), expected, atol=1e-3, rtol=0)
@@ -206,7 +223,8 @@ def varied_texts():
     rng = np.random.default_rng(0)
     alphabet = list('abcXYZ 019.,;:!?\'"()[]{}<>|/\\\n\t-_=+*&^%$#@~`éßñ東京😀\u00a0\u200b')
     words = ['hello', ' world', "don't", "I'LL", '12345', '3.14159', 'def f(x):\n    return x', '<|im_start|>', 'naïve',
-             '<|im_end|>\n', '   ', '\r\n', 'Straße', 'Привет', 'مرحبا', '日本語', '👩‍👩‍👧', 'e\u0301', '<|endoftext|>', '½']
+             '<|im_end|>\n', '   ', '\r\n', 'Straße', 'Привет', 'مرحبا', '日本語',
+             '👩‍👩‍👧', 'e\u0301', '<|endoftext|>', '½']
     yield from words
     for _ in range(50):
         yield ''.join(rng.choice(alphabet, size=rng.integers(1, 30)))

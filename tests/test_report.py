@@ -12,6 +12,7 @@ import pytest
 from qsharp_jax import config, metrics, report
 from qsharp_jax.report import html, plots, records, tables
 
+DEFAULT = str(Path(__file__).resolve().parents[1] / 'configs' / 'default.py')
 HOSTILE = '<script>alert(1)</script>"\'&'
 
 Row = dict[str, Any]
@@ -46,7 +47,8 @@ def sample(method: str, iteration: int, eta: float, example: int, values: list[f
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
     """A workdir with one of every file, and hostile text wherever text can come from."""
-    loaded = config.load('configs/arithmetic.py:tiny', [('task.prefix', HOSTILE)])
+    loaded = config.load(DEFAULT, [
+        ('task.prefix', HOSTILE), ('sampling.max_new_tokens', '8'), ('logging.report_examples', '8')])
     (tmp_path / 'config.json').write_text(config.to_json(loaded))
     metrics.ResultsFile(tmp_path / 'results.jsonl').add(results())
     writer = metrics.Writer(tmp_path)
@@ -157,7 +159,7 @@ def test_the_headline_uses_the_eta_chosen_on_the_other_split(workdir: Path) -> N
 
 
 def test_without_a_selection_split_the_configured_eta_is_shown(workdir: Path) -> None:
-    loaded = config.load('configs/arithmetic.py:tiny', [('eval.select_split', ''), ('eta', '0.1')])
+    loaded = config.load(DEFAULT, [('eval.select_split', ''), ('eta', '0.1')])
     (workdir / 'config.json').write_text(config.to_json(loaded))
     best = html.best_guided(records.read(workdir))
     assert best is not None and best['eta'] == 0.1
@@ -166,7 +168,7 @@ def test_without_a_selection_split_the_configured_eta_is_shown(workdir: Path) ->
 
 def test_questions_show_each_policy_once_and_are_spread(workdir: Path) -> None:
     questions = html.questions(records.read(workdir))
-    assert len(questions) == config.load('configs/arithmetic.py:tiny').logging.report_examples == 8
+    assert len(questions) == 8
     assert questions[0]['prompt'].startswith('question 0 ') and questions[-1]['prompt'].startswith('question 10 ')
     for question in questions:
         assert [answer['policy'] for answer in question['answers']] == ['reference', 'Q♯, iteration 2, η = 0.2']
@@ -231,9 +233,10 @@ def test_of_equal_etas_the_weakest_guidance_is_chosen() -> None:
 
 
 def test_frontier_says_plainly_where_guidance_does_not_lead() -> None:
-    base = [result('reference', 0, None, 0.3, 0.0), result('reference', 0, None, 0.5, 2.0, temperature=0.5)]
+    base = [result('reference', 0, None, pass1, kl, temperature=temperature)
+            for pass1, kl, temperature in ((0.3, 0.0, 1.0), (0.5, 2.0, 0.5), (0.45, 3.0, 0.0))]
 
-    # The sharpened reference reaches 0.4 at KL 1 (by interpolation), and 0.5 from KL 2 on.
+    # The sharpened reference reaches 0.4 at KL 1 (by interpolation). It ends at KL 3 with less than its best, 0.5.
     def said(*points: tuple[float, float, float]) -> list[str]:
         return tables.frontier([*base, *(result('qsharp', 1, eta, p, kl) for eta, p, kl in points)], 'test')
 

@@ -10,8 +10,8 @@ from qsharp_jax import results
 from qsharp_jax.evaluate import Evaluated
 
 PLAN = results.Plan(
-    splits=('validation', 'test'), select_split='validation', examples={'validation': 4, 'test': 8}, samples=2,
-    etas=(0.1, 0.5), methods=('qsharp', 'cd', 'fudge'), temperatures=(0.8, 1.0, 0.0))
+    splits=('validation', 'test'), select_split='validation', examples={'validation': 4, 'test': 8},
+    samples=2, etas=(0.1, 0.5), methods=('qsharp', 'cd', 'fudge'), temperatures=(0.8, 1.0, 0.0))
 
 
 def test_iteration_0_is_the_reference_at_each_temperature():
@@ -35,21 +35,23 @@ def test_cd_and_fudge_are_of_the_first_iteration_only(iteration):
 
 
 def test_policies_have_rows_of_their_own():
-    keys = [tuple(evaluated.key.items()) for iteration in range(3) for group in results.policies(PLAN, iteration)
-            for evaluated in group]
+    keys = [tuple(evaluated.key.items()) for iteration in range(3)
+            for group in results.policies(PLAN, iteration) for evaluated in group]
     assert len(set(keys)) == len(keys) == 3 + 5 + 2
 
 
 def test_the_plan_of_a_config():
     config = default.get_config()
     with config.unlocked():
-        config.eta, config.sampling.temperature = 0.3, 0.7
-        config.eval.etas, config.eval.reference_temperatures = (0.5, 0.3, 0.1), (1.0, 0.7)
+        config.eta, config.sampling.temperature = 0.2, 0.7
+        config.eval.etas, config.eval.reference_temperatures = (0.5, 0.2, 0.5, 0.1), (1.0, 0.7)
         config.eval.select_split, config.eval.split = 'validation', 'test'
     plan = results.plan_of(config)
     assert plan.splits == ('validation', 'test')  # eta is chosen before it is used
-    assert plan.etas == (0.1, 0.3, 0.5)  # the config's own among them, once
+    assert plan.etas == (0.1, 0.2, 0.5)  # each once
     assert plan.temperatures == (0.7, 1.0)  # the sampler's own first, once
+    config.eval.etas = (0.5,)
+    assert results.plan_of(config).etas == (0.2, 0.5)  # the config's own is among them
     config.eval.select_split = ''
     assert results.plan_of(config).splits == ('test',)
     config.eval.select_split = 'test'

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -9,13 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qsharp_jax import categorical
-from qsharp_jax import decoding
-from qsharp_jax import rollout
-from qsharp_jax import types
+from qsharp_jax import categorical, decoding, rollout, types
 from tests import tabular
-from tests.test_decoding import padded
-from tests.test_decoding import policy_of
+from tests.test_decoding import padded, policy_of
 
 BERNOULLI = categorical.make('bernoulli', 0.0, 1.0)
 PLAIN = decoding.Guidance()
@@ -31,7 +28,8 @@ def units_of(prompts, rows, samples, real=None):
 
 
 def answers(drawn):
-    return [tuple(row[:count]) for row, count in zip(np.asarray(drawn.tokens).tolist(), np.asarray(drawn.count))]
+    tokens = np.asarray(drawn.tokens).tolist()
+    return [tuple(row[:count]) for row, count in zip(tokens, np.asarray(drawn.count))]
 
 
 # A reference that always says A, and a value that wants B.
@@ -44,11 +42,11 @@ def _step(params, token, length, cache):
 
 
 def _score(params, root, candidates, length, cache):
-    logit = jnp.where(candidates == B, 10.0, -10.0)[..., None]
+    logit = jnp.where(candidates == B, 60.0, -60.0)[..., None]
     return types.ValueScores(jnp.zeros((len(root), 1)), logit), cache
 
 
-SAYS_A = types.Reference(3, tabular.dyadic_reference(3).init_cache, tabular.dyadic_reference(3).prefill, _step)
+SAYS_A = dataclasses.replace(tabular.dyadic_reference(3), step=_step)
 WANTS_B = decoding.Guidance(types.Value(SAYS_A.init_cache, SAYS_A.prefill, _score), BERNOULLI, candidates=3)
 AS_AND_BS = units_of(((A,), (B, B)), np.arange(64) % 2, np.arange(64) // 2)
 
@@ -57,7 +55,8 @@ AS_AND_BS = units_of(((A,), (B, B)), np.arange(64) % 2, np.arange(64) // 2)
     ('uniform', 'total'), ('uniform', 'fresh'), ('start', 'total'), ('start', 'fresh')))
 def test_the_guided_policy_writes_up_to_the_cut_and_the_reference_after(cut, budget):
     config = rollout.RolloutConfig(MOST, cut, budget)
-    drawn = rollout.collect(SAYS_A, WANTS_B, None, None, policy_of(np.full(64, 0.02)), AS_AND_BS, config, (2,), 0, 1)
+    policy = policy_of(np.full(64, 0.02))
+    drawn = rollout.collect(SAYS_A, WANTS_B, None, None, policy, AS_AND_BS, config, (2,), 0, 1)
     cuts = np.asarray(drawn.cut)
     assert set(cuts.tolist()) == (set(range(MOST)) if cut == 'uniform' else {0})
     for answer, place in zip(answers(drawn), cuts):
@@ -81,8 +80,8 @@ MANY = 48
 
 def collect(rows, samples, config, real=None, seed=0, iteration=1, etas=None):
     etas = np.where(np.asarray(samples) % 2, 0.2, np.inf) if etas is None else etas
-    return rollout.collect(HASHED, GUIDED, None, None, policy_of(etas), units_of(PROMPTS, rows, samples, real), config,
-                           ENDS, seed, iteration)
+    units = units_of(PROMPTS, rows, samples, real)
+    return rollout.collect(HASHED, GUIDED, None, None, policy_of(etas), units, config, ENDS, seed, iteration)
 
 
 @pytest.mark.parametrize('cut, budget', (('uniform', 'total'), ('uniform', 'fresh'), ('start', 'fresh')))
@@ -94,7 +93,8 @@ def test_every_answer_has_its_budget_and_its_end(cut, budget):
     keys = decoding.unit_keys(0, 1, 'roll_in', jnp.asarray(100 + rows), jnp.asarray(samples))
     state = decoding.start(HASHED, GUIDED.value, None, None, *padded(PROMPTS), jnp.asarray(rows), keys,
                            jnp.full(MANY, MOST), MOST)
-    roll_in = decoding.decode(HASHED, GUIDED, None, None, policy_of(np.where(samples % 2, 0.2, np.inf)), state, ENDS)
+    policy = policy_of(np.where(samples % 2, 0.2, np.inf))
+    roll_in = decoding.decode(HASHED, GUIDED, None, None, policy, state, ENDS)
     met = collections.Counter()
     for answer, draft, place, ended in zip(answers(drawn), answers(roll_in), np.asarray(drawn.cut),
                                            np.asarray(drawn.ended)):
@@ -209,8 +209,8 @@ def test_kept_prefixes_are_the_guided_policys_and_the_rest_is_the_references():
 
     assert chance(reference) > 1e-3
     assert chance(guided) < 1e-6
-    # The token at a cut at 0 is the guided policy's first token, for answers of every length together only after
-    # undoing that a long roll-in is cut there less often.
+    # The token at a cut at 0 is the guided policy's first token, once it is undone that a long roll-in is cut
+    # there less often than a short one.
     for asked in range(2):
         weight = np.where((prompt == asked) & (np.asarray(drawn.cut) == 0), np.asarray(drawn.roll_in), 0)
         first = np.asarray(drawn.tokens)[:, 0]
@@ -220,16 +220,17 @@ def test_kept_prefixes_are_the_guided_policys_and_the_rest_is_the_references():
 
 
 def test_the_roll_ins_own_rest_would_be_biased_and_the_redrawn_one_is_not():
-    # Token 1 ends an answer with probability 1/2 at every step; answers of at most two tokens are worth 1. A short
-    # answer is cut at its first token more often than a long one, so given that cut the roll-in's own rest is too
-    # short, although the reference wrote it.
+    # Token 1 ends an answer with probability 1/2 at every step; answers of at most two tokens are worth 1.
+    # A short answer is cut at its first token more often than a long one, so given that cut the roll-in's own
+    # rest is too short, although the reference wrote it.
     num_nodes = 2 ** 7 - 1
     tree = tabular.Language(((0,),), 6, (1,), np.zeros((1, num_nodes, 2)), np.zeros((1, num_nodes)))
     tree.rewards[0, [len(answer) <= 2 for answer in tree.answers]] = 1
     reference, params = tree.as_reference(), tree.reference_params()
     units = units_of(tree.prompts, np.zeros(DRAWS, int), np.arange(DRAWS))
     policy = policy_of(np.full(DRAWS, np.inf))
-    drawn = rollout.collect(reference, PLAIN, params, None, policy, units, rollout.RolloutConfig(6), (1,), 0, 1)
+    config = rollout.RolloutConfig(6)
+    drawn = rollout.collect(reference, PLAIN, params, None, policy, units, config, (1,), 0, 1)
     here = (np.asarray(drawn.cut) == 0) & (np.asarray(drawn.tokens)[:, 0] == 0)
     expected = tree.values(tree.reference())[0, tree.node((0,))]  # Z* of token 0 at the empty answer
     error = 0.5 / np.sqrt(here.sum())

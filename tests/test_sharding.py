@@ -128,6 +128,26 @@ def test_moments_live_beside_their_parameter():
     assert targets['a']['w'].sharding == params['a']['w'].sharding and targets['w'].shape == (8,)
 
 
+def test_bytes_per_device_are_those_of_its_pieces():
+    mesh = sharding.make_mesh(2, 2, 2)
+    axes = {'w': ('vocab', 'embed'), 'b': ('embed',), 'half': (None,)}
+    params = {'w': np.zeros((16, 8), np.float32), 'b': np.zeros(8, np.float32),
+              'half': np.zeros(3, jnp.bfloat16)}
+    placed = sharding.shard_params(params, sharding.param_shardings(mesh, axes, params))
+    pieces = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
+    assert sharding.bytes_per_device(mesh, axes, params) == pieces == 4 * 16 * 8 / 4 + 4 * 8 / 2 + 2 * 3
+
+
+def test_arrays_made_under_jit_can_be_split_as_the_batch_is():
+    def make(batch):
+        return sharding.constrain_rows({'zeros': jnp.zeros((8, 3))}, batch)['zeros'], batch
+
+    mesh = sharding.make_mesh(2, 2, 2)
+    made, _ = jax.jit(make)(sharding.shard_batch(mesh, np.zeros((8, 1))))
+    assert {shard.data.shape for shard in made.addressable_shards} == {(2, 3)}
+    assert jax.jit(make)(jnp.zeros((8, 1)))[0].shape == (8, 3)
+
+
 PROCESS = textwrap.dedent('''
     import sys
     import jax

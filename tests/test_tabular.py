@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsharp_jax import categorical
-from qsharp_jax import guidance
-from qsharp_jax import types
+from qsharp_jax import categorical, guidance, types
 from tests import tabular
 
 ETAS = (0.03, 0.1, 1.0, 20.0)
@@ -96,7 +94,7 @@ def test_the_optimum_tilts_whole_answers(eta):
 
 @pytest.mark.parametrize('p_left', (0.5, 0.1))
 def test_theorem_tree(p_left):
-    # At the root of the paper's tree CD goes left, where every answer is worth 0.1; Q# goes right, where 1 is found.
+    # CD goes left, where every answer is worth 0.1; Q# goes right, where 1 can be found.
     tree = tabular.theorem_tree(p_left)
     reference, eta = tree.reference(), 0.1
     means = tree.values(reference)
@@ -201,11 +199,13 @@ def test_dyadic_networks_read_the_history_and_nothing_else():
     logits, after = reference.step(None, jnp.array([4, 4, 4]), jnp.array([2, 2, 2]), cache)
     np.testing.assert_array_equal(logits[0], logits[1])
     np.testing.assert_array_equal(logits * 4, np.round(logits * 4))
-    alone, _ = reference.step(None, jnp.array([4]), jnp.array([2]), jax.tree.map(lambda leaf: leaf[1:2], cache))
+    second = jax.tree.map(lambda leaf: leaf[1:2], cache)
+    alone, _ = reference.step(None, jnp.array([4]), jnp.array([2]), second)
     np.testing.assert_array_equal(alone[0], logits[1])
-    other, _ = reference.step(None, jnp.array([5]), jnp.array([2]), jax.tree.map(lambda leaf: leaf[1:2], cache))
+    other, _ = reference.step(None, jnp.array([5]), jnp.array([2]), second)
     assert (other[0] != logits[1]).any()
-    scores, kept = value.score(None, jnp.array([4, 4, 4]), jnp.array([[0, 7]] * 3), jnp.array([2, 2, 2]), cache)
-    following, _ = value.score(None, jnp.array([7, 7, 7]), jnp.array([[0, 1]] * 3), jnp.array([3, 3, 3]), kept)
+    candidates, lengths = jnp.array([[0, 7]] * 3), jnp.array([2, 2, 2])
+    scores, kept = value.score(None, jnp.array([4, 4, 4]), candidates, lengths, cache)
+    following, _ = value.score(None, jnp.array([7, 7, 7]), candidates, lengths + 1, kept)
     np.testing.assert_array_equal(following.root, scores.candidates[:, 1])
     np.testing.assert_array_equal(kept['tokens'], after['tokens'])

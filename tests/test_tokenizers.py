@@ -156,3 +156,15 @@ def test_unknown_piece_is_named(text, piece):
 def test_impossible_vocabularies_are_refused(tokens, eos, words):
     with pytest.raises(ValueError, match=words):
         tokenizers.from_vocabulary(tokens, eos)
+
+
+def test_a_joint_takes_no_token_between_numbers_and_comes_back():
+    plain = tokenizers.from_vocabulary(['1', '2', '12', ',', '=', '<end>'], eos='<end>')
+    joined = tokenizers.from_vocabulary(['1', '2', '12', '=', '<end>'], eos='<end>', joint=',')
+    for text in ('12,1=2,12,1<end>', '1', '=', '2,2,2'):
+        ids = joined.encode(text)
+        assert joined.decode(ids) == text
+        assert len(ids) == len(plain.encode(text)) - text.count(',')
+    with pytest.raises(ValueError, match="','"):
+        joined.encode('1,=')  # no number follows
+    assert joined.fingerprint != tokenizers.from_vocabulary(joined.tokens, eos='<end>').fingerprint

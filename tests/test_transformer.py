@@ -173,7 +173,8 @@ def test_packed_samples_are_isolated():
         alone = jnp.zeros((1, 7), jnp.int32).at[0, :len(alone)].set(alone)
         np.testing.assert_allclose(
             hidden[segment == number], full_hidden(TINY, params, alone)[0, prompt:prompt + size], atol=2e-5, rtol=0)
-        changed = np.asarray(run(jnp.where(jnp.asarray(segment == number)[None], (tokens + 1) % TINY.vocab_size, tokens)))
+        other = (tokens + 1) % TINY.vocab_size
+        changed = np.asarray(run(jnp.where(jnp.asarray(segment == number)[None], other, tokens)))
         np.testing.assert_array_equal(hidden[segment != number], changed[segment != number])
         assert np.all(np.any(hidden[segment == number] != changed[segment == number], axis=1))
 

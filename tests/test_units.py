@@ -52,6 +52,6 @@ def test_no_prompts_make_no_batch():
 
 def test_the_width_holds_every_prompt():
     assert units.prompt_width(PROMPTS) == 8
-    longer = Prompts(np.array([0]), [[1] * 17], [''], {})
+    longer = Prompts(np.array([0, 1, 2]), [[1], [1] * 17, [1]], ['', '', ''], {})
     assert units.prompt_width(longer) == 24
     assert [units.round_up(number, 8) for number in (0, 1, 8, 9)] == [0, 8, 8, 16]

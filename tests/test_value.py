@@ -28,7 +28,9 @@ def start_jitted(value_config, config, reference_params):
 
 def shaken(value_config, config=TINY):
     """Parameters of the right shapes in which the start is forgotten."""
-    return helpers.shaken(jax.eval_shape(lambda: start_jitted(value_config, config, make_params(config))), seed=11)
+    shapes = jax.eval_shape(
+        lambda key: value_lib.init_value_params(key, value_config, make_params(config), config), jax.random.key(0))
+    return helpers.shaken(shapes, seed=11)
 
 
 def start(value_config, config=TINY, reference_params=None):

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 
 from qsharp_jax import checkpoint, learner, progress, sharding
-from qsharp_jax.data import builders, star_graph, tokenizers
+from qsharp_jax.data import builders
 from qsharp_jax.data import prompts as prompts_lib
+from qsharp_jax.data import star_graph, tokenizers
 from qsharp_jax.metrics import Writer
 from qsharp_jax.models import networks, transformer
 from qsharp_jax.models.transformer import TransformerConfig

@@ -22,11 +22,12 @@ REVISION = 2
 class ArithmeticConfig(tfds.core.BuilderConfig):
     """Which problems there are, and how many of them each split has.
 
-    A problem is an ordered question: '3 + 5' and '5 + 3' are two problems, always in the same split. Differences are never
-    negative.
+    A problem is an ordered question: '3 + 5' and '5 + 3' are two problems, always in the same split. Differences are
+    never negative.
 
     Attributes:
-      operations: any of '+', '-', '*', 'max' (the larger operand), 'min' (the smaller one), in equal shares.
+      operations: any of '+', '-', '*', 'max' (the larger operand) and 'min' (the smaller one), in equal
+        shares.
       max_operand: operands are 0 .. max_operand.
       two_digit_share: share of problems in which both operands have two digits or more; in the others at least one
         has a single digit. Exact in every split, up to rounding.

@@ -124,11 +124,11 @@ class Star:
 
 def random_path(question: str, rng: np.random.Generator) -> str:
     """Returns the path from the start to the end of an arm drawn at random, whatever the goal."""
-    edges, _, ends = question.partition('/')
+    edges, start, _ = parse_question(question)
     after: dict[int, list[int]] = {}
-    for node, neighbour in sorted(tuple(map(int, edge.split(','))) for edge in edges.split('|')):
+    for node, neighbour in sorted(edges):
         after.setdefault(node, []).append(neighbour)
-    path = [int(ends.partition(',')[0])]
+    path = [start]
     while path[-1] in after:
         path.append(int(rng.choice(after[path[-1]])))
     return path_text(tuple(path))
@@ -182,7 +182,10 @@ def _check_size(config: StarGraphConfig, split: str, wanted: int, exist: int, ex
             f'{split}_examples, or raise num_nodes.')
 
 
-def vocabulary(num_nodes: int) -> tuple[list[str], str]:
-    """Returns the tokens of all texts of this task, and the one that ends a text."""
+def vocabulary(num_nodes: int) -> tuple[list[str], str, str]:
+    """Returns the tokens of all texts of this task, the one that ends a text, and the joint of two nodes.
+
+    As in the numeral tokenizer of the task's inventors, the comma is no token: two nodes stand next to each other.
+    """
     end = '<end>'
-    return [*map(str, range(num_nodes)), ',', '|', '/', '=', end], end
+    return [*map(str, range(num_nodes)), '|', '/', '=', end], end, ','

@@ -115,10 +115,11 @@ class BPETokenizer(Tokenizer):
 class VocabularyTokenizer(Tokenizer):
     """A closed list of tokens. Text is read from the left, always taking the longest token.
 
-    Where the list has numbers of several digits, numbers are read whole: '123' is never '12' and '3'.
+    Where the list has numbers of several digits, numbers are read whole: '123' is never '12' and '3'. A `joint` is
+    a text that stands between two numbers and needs no token: it is left out of the ids and put back by `decode`.
     """
 
-    def __init__(self, tokens: Sequence[str], eos: str) -> None:
+    def __init__(self, tokens: Sequence[str], eos: str, joint: str = '') -> None:
         if len(set(tokens)) != len(tokens) or '' in tokens:
             raise ValueError('The tokens of a vocabulary must be distinct and not empty.')
         if eos not in tokens:
@@ -127,7 +128,8 @@ class VocabularyTokenizer(Tokenizer):
         self.vocab_size = len(self.tokens)
         self.eos_ids = frozenset({self.tokens.index(eos)})
         self.bos_id = None
-        self.fingerprint = _fingerprint([self.tokens, eos])
+        self.fingerprint = _fingerprint([self.tokens, eos, joint])
+        self._joint = joint
         self._ids = {token: index for index, token in enumerate(self.tokens)}
         whole_numbers = any(re.fullmatch(r'\d{2,}', token) for token in self.tokens)
         pieces = [re.escape(token) + (r'(?!\d)' if whole_numbers and token[-1].isdigit() else '')
@@ -151,21 +153,30 @@ class VocabularyTokenizer(Tokenizer):
                                  f'{self.vocab_size} tokens.')
             ids.append(self._ids[match.group()])
             place = match.end()
+            after = place + len(self._joint)
+            if self._joint and match.group().isdigit() and text[place:after] == self._joint and \
+                    text[after:after + 1].isdigit():
+                place = after
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f'Token ids must be in 0 .. {self.vocab_size - 1}; got {token}.')
-        return ''.join(self.tokens[token] for token in ids)
+        pieces = [self.tokens[token] for token in ids]
+        return ''.join(piece + (self._joint if piece.isdigit() and following.isdigit() else '')
+                       for piece, following in zip(pieces, [*pieces[1:], '']))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         raise ValueError('A closed vocabulary has no chat template. Set task.chat to False.')
 
 
-def from_vocabulary(tokens: Sequence[str], eos: str) -> VocabularyTokenizer:
-    """Returns the tokenizer of a closed vocabulary; ids are places in `tokens`, `eos` is one of them."""
-    return VocabularyTokenizer(tokens, eos)
+def from_vocabulary(tokens: Sequence[str], eos: str, joint: str = '') -> VocabularyTokenizer:
+    """Returns the tokenizer of a closed vocabulary; ids are places in `tokens`, `eos` is one of them.
+
+    Without a `joint`, two numbers without anything between them cannot be told from one when they are read back.
+    """
+    return VocabularyTokenizer(tokens, eos, joint)
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> BPETokenizer:

@@ -1,6 +1,7 @@
 """The state of a batch of answers being written, how one starts, and how one goes back."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from flax import struct
@@ -146,7 +147,8 @@ def rewind(state: DecodeState, kept: Array, limit: Array, keys: Array, eos_ids: 
     """
     last = jnp.take_along_axis(state.tokens, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
     written = jnp.arange(state.tokens.shape[1])[None, :] < kept[:, None]
-    return state.replace(
+    return sharding.constrain_rows(dataclasses.replace(
+        state,
         pending=jnp.where(kept > 0, last, state.pending),
         count=kept,
         limit=limit,
@@ -155,4 +157,4 @@ def rewind(state: DecodeState, kept: Array, limit: Array, keys: Array, eos_ids: 
         kl=jnp.zeros_like(state.kl),
         tokens=jnp.where(written, state.tokens, 0),
         values=jnp.where(written, state.values, jnp.nan),
-    )
+    ), like=kept)

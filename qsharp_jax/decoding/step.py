@@ -141,7 +141,8 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
     if how.value is not None:
         chosen = jnp.take_along_axis(scored.mean, token[:, None], axis=1)
         values = jnp.where(here, chosen, values)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         reference_cache=reference_cache,
         value_cache=value_cache,
         pending=jnp.where(active, token, state.pending),

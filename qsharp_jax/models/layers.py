@@ -166,15 +166,15 @@ class Linear(nn.Module):
     outputs: tuple[int, ...]
     axes: tuple[str, ...]  # of the kernel: inputs, then outputs
     use_bias: bool
-    scale: float = 0.02
+    scale: float = 1.0  # of the initial weights, whose deviation is scale / sqrt(fan-in)
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype, param_dtype = self.config.dtype, self.config.param_dtype
-        normal = nn.initializers.normal(self.scale)
-        kernel = parameter(self, 'kernel', normal, self.axes, self.inputs + self.outputs, param_dtype)
-        leading = x.shape[:x.ndim - len(self.inputs)]
         fan_in = int(np.prod(self.inputs))
+        draw = nn.initializers.normal(self.scale / np.sqrt(fan_in))
+        kernel = parameter(self, 'kernel', draw, self.axes, self.inputs + self.outputs, param_dtype)
+        leading = x.shape[:x.ndim - len(self.inputs)]
         y = x.astype(dtype).reshape(-1, fan_in) @ kernel.astype(dtype).reshape(fan_in, -1)
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
@@ -203,7 +203,7 @@ class Attention(nn.Module):
     ) -> tuple[Array, Array, Array]:
         config = self.config
         width, head_dim = config.width, config.head_dim
-        out_scale = 0.02 / np.sqrt(2 * config.layers)
+        out_scale = 1 / np.sqrt(2 * config.layers)
 
         def project(name: str, heads: int, axis: str) -> Array:
             axes = 'embed', axis, 'head_dim'
@@ -240,7 +240,7 @@ class MLP(nn.Module):
             hidden = activate(Linear(config, width, inner, ('embed', 'mlp'), bias, name='gate')(x)) * hidden
         else:
             hidden = activate(hidden)
-        scale = 0.02 / np.sqrt(2 * config.layers)
+        scale = 1 / np.sqrt(2 * config.layers)
         return Linear(config, inner, width, ('mlp', 'embed'), bias, scale, name='down')(hidden)
 
 

@@ -124,7 +124,11 @@ class Transformer(nn.Module):
 
 
 def init_params(key: Array, config: TransformerConfig) -> Params:
-    """Returns freshly drawn parameters: normal(0.02), output projections divided by sqrt(2 layers)."""
+    """Returns freshly drawn parameters, normal with mean 0.
+
+    The deviation is 0.02 in the embeddings and 1 / sqrt(fan-in) in the products, which keeps the size of what goes
+    through them at any width; that of the output projections is divided by sqrt(2 layers).
+    """
     return nn.meta.unbox(_boxed_init(key, config))
 
 

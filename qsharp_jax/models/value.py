@@ -33,7 +33,8 @@ class ValueConfig:
       init: 'truncate' copies the first `layers` blocks of the reference; 'reference' copies all of them;
         'scratch' draws `layers` fresh blocks of the reference's widths.
       layers: number of blocks under 'truncate' and 'scratch'; None under 'reference'.
-      extra_layers: fresh blocks on top of the copied ones, which change nothing at the start.
+      extra_layers: fresh blocks on top of the copied ones; on the copied blocks' own stream they change nothing at
+        the start.
       extra_input: what the extra blocks read: 'stream', the copied blocks' own; or 'restart', its norm plus the norm
         of the token's embedding. With tied embeddings the last state of a language model points at the token it
         expects next, so 'restart' shows the token and the expectation in one space, where they can be compared.
@@ -134,7 +135,8 @@ def init_value_params(
     extra = {f'layers_{config.layers - 1 - index}' for index in range(value_config.extra_layers)}
     for name in trunk:
         if name in extra:
-            trunk[name] = _silenced(trunk[name])
+            if value_config.extra_input == 'stream':
+                trunk[name] = _silenced(trunk[name])
         elif name == 'restart_norm' and value_config.init != 'scratch':
             trunk[name] = _copy(reference_params['final_norm'], config)
         elif value_config.init != 'scratch' and name != 'restart_token_norm':
