@@ -55,7 +55,8 @@ class Evaluated:
 
 
 def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int] | np.ndarray,
-               policies: Sequence[Evaluated], value_params: Params, split: str, samples: int, batch_rows: int, block_examples: int) -> list[Row]:
+               policies: Sequence[Evaluated], value_params: Params, split: str, samples: int, batch_rows: int,
+               block_examples: int) -> list[Row]:
     """Returns one graded row per (example, sample, policy), reading finished blocks back instead of redoing them.
 
     Args:

@@ -184,7 +184,7 @@ def main() -> None:
     numbers = [2 ** power for power in range(7, flags.most.bit_length())]
     languages = {'noisy': NOISY, 'settled': SETTLED}
     curves = {name: curve(tree, numbers, flags.seeds) for name, tree in languages.items()}
-    late = [place for place, number in enumerate(numbers) if number >= 512]  # every state is covered
+    late = [place for place, number in enumerate(numbers) if number >= 1024]  # every state is covered
     slopes = {name: slope([numbers[place] for place in late], curves['noisy'][name][late])
               for name in MEASURES}
     plot(flags.out, numbers, curves['noisy'], curves['settled'])
@@ -194,7 +194,7 @@ def main() -> None:
         for language, found in curves.items()}
     flags.out.with_suffix('.json').write_text(json.dumps({
         'eta': ETA, 'iterations': ITERATIONS, 'seeds': flags.seeds, 'roll_outs': numbers,
-        'slopes_from_512_roll_outs': {
+        'slopes_from_1024_roll_outs': {
             name: {'exponent': round(value, 3), 'standard_error': round(error, 3)}
             for name, (value, error) in slopes.items()},
         **numbers_of}, indent=1) + '\n')

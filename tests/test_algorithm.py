@@ -4,12 +4,12 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-import pytest
+from scipy import stats
 
 from tests import oracle_convergence as oracle
 
-NUMBERS = (512, 2048, 8192)
-SEEDS = 12
+NUMBERS = (1024, 4096, 8192)
+SEEDS = 16
 
 
 @functools.cache
@@ -28,8 +28,8 @@ def test_the_quick_fit_is_the_oracles():
 def test_the_distances_shrink_with_the_roll_outs_as_they_should():
     for name, exponent in (('kl', -1), ('value_gap', -1), ('total_variation', -0.5)):
         found, error = oracle.slope(NUMBERS, noisy()[name])
-        assert error < 0.1
-        assert found == pytest.approx(exponent, abs=0.2 * -exponent + error), name
+        assert error < 0.15 * -exponent
+        assert abs(found - exponent) < 3 * error, name
     assert noisy()['kl'][-1].max() < 0.01
 
 
@@ -56,14 +56,15 @@ def test_without_variance_of_the_return_the_optimum_is_reached():
 def test_the_data_of_both_iterations_count():
     tree = oracle.NOISY
     found = []
-    for seed in range(SEEDS):
+    for seed in range(8):
         first, second = oracle.collect(tree, NUMBERS[1], seed)
         both = np.concatenate([first, second])
         found.append([oracle.distances(tree, oracle.guide(tree, oracle.fit(tree, data)))['kl']
                       for data in (first, second, both)])
-        # The second roll-in is another policy: it was guided by the fit to the first.
-        shares = [np.bincount(data[(data[:, 1] > 0) & (data[:, 0] == 0), 3], minlength=3)
-                  for data in (first, second)]
-        assert np.abs(shares[0] / shares[0].sum() - shares[1] / shares[1].sum()).max() > 0.05
+        # The second roll-in, of which every answer keeps the first token, was guided by the fit to the first.
+        for data, policy in ((first, tree.reference()), (second, oracle.guide(tree, oracle.fit(tree, first)))):
+            counts = np.bincount(data[data[:, 0] == 0, 3], minlength=3)
+            assert stats.chisquare(counts, policy[0, 0] * counts.sum()).pvalue > 1e-4
+        assert stats.chisquare(counts, tree.reference()[0, 0] * counts.sum()).pvalue < 1e-9
     first, second, both = np.mean(found, axis=0)
     assert both < 0.75 * first and both < 0.9 * second
