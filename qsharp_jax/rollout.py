@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
@@ -74,8 +73,7 @@ class Units(NamedTuple):
     real: Array
 
 
-@struct.dataclass
-class Rollouts:
+class Rollouts(NamedTuple):
     """Spliced answers.
 
     Attributes:
@@ -87,7 +85,7 @@ class Rollouts:
     """
 
     tokens: Array
-    count: Array
+    count: Array  # type: ignore[assignment]  # a tuple's own `count` is never called
     cut: Array
     ended: Array
     roll_in: Array

@@ -61,7 +61,7 @@ def test_the_data_of_both_iterations_count():
         both = np.concatenate([first, second])
         found.append([oracle.distances(tree, oracle.guide(tree, oracle.fit(tree, data)))['kl']
                       for data in (first, second, both)])
-        # The second roll-in, of which every answer keeps the first token, was guided by the fit to the first.
+        # Every answer keeps the first token of its roll-in, which the second time is guided by the first fit.
         for data, policy in ((first, tree.reference()), (second, oracle.guide(tree, oracle.fit(tree, first)))):
             counts = np.bincount(data[data[:, 0] == 0, 3], minlength=3)
             assert stats.chisquare(counts, policy[0, 0] * counts.sum()).pvalue > 1e-4

@@ -117,6 +117,14 @@ def test_star_graph_records(tmp_path):
         assert not one & other
 
 
+def test_star_graph_splits_share_no_graph_where_draws_often_repeat():
+    config = StarGraphConfig(path_length=3, num_nodes=14, pretrain_examples=3000, train_examples=3000,
+                             validation_examples=500, test_examples=2000)
+    graphs = [{star.graph() for star in stars} for stars in star_graph.problems(config).values()]
+    for one, other in itertools.combinations(graphs, 2):
+        assert not one & other
+
+
 def test_random_paths_are_arms_and_take_each_alike():
     question, rng = '1,2|7,3|3,9|7,1|7,5|5,4/7,9=', np.random.default_rng(0)
     counts = collections.Counter(star_graph.random_path(question, rng) for _ in range(600))

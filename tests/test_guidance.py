@@ -85,6 +85,14 @@ def test_sampler_is_temperature_then_top_k_then_top_p(vocab, ties):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-8)
 
 
+def test_cuts_are_exact_among_tokens_a_few_last_digits_apart():
+    random = np.random.default_rng(1)
+    logits = (1 + np.stack([random.permutation(VOCAB) for _ in range(6)]) * 2.0 ** -22).astype(np.float32)
+    for top_k, top_p in ((280, 1.0), (0, 0.9313), (290, 0.9313)):
+        got = sampler_log_probs(logits, make_policy(6, top_k=top_k, top_p=top_p))
+        np.testing.assert_array_equal(got > -INF, tabular.sampler_probs(logits, 1.0, top_k, top_p) > 0)
+
+
 def test_sampler_row_by_row_settings_do_not_touch_each_other():
     logits = case(1)[0] * 0.3
     settings = dict(temperature=[0.0, 1.0, 0.5, 1.0, 2.0, 0.0], top_k=[0, 5, 0, 280, 0, 2],

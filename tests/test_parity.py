@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
 from qsharp_jax.data import tokenizers
 from qsharp_jax.models import networks, pretrained, transformer
@@ -234,9 +236,19 @@ def varied_texts():
 
 @functools.cache
 def torch_tokenizer():
+    """transformers' reading of the file, with the splitting that the file names.
+
+    transformers gives every byte-level tokenizer of a GGUF file GPT-2's splitting alone; 'smollm' first sets each
+    number character apart.
+    """
     import transformers
     path = smollm2()[0].path
-    return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([
+        Split(Regex(r'\p{N}'), 'isolated'), Split(Regex(gpt2), 'isolated'),
+        ByteLevel(add_prefix_space=False, use_regex=False)])
+    return tokenizer
 
 
 def test_smollm2_token_ids():

@@ -81,15 +81,15 @@ def test_the_loss_is_on_the_answer_or_on_all(data: Path) -> None:
     for loss in ('target', 'all'):
         config = tiny.config(data, reference__pretrain__loss=loss, reference__pretrain__random_arm_share=0)
         tokenizer = pretraining.tokenizer_of(config)
-        corpus = pretraining.sequences(config, tokenizer, 26)
-        assert corpus.tokens.shape == corpus.weights.shape == (64, 26)
+        corpus = pretraining.sequences(config, tokenizer, 19)
+        assert corpus.tokens.shape == corpus.weights.shape == (64, 19)
         for tokens, weights in zip(corpus.tokens, corpus.weights):
             text = tokenizer.decode(tokens[:-1].tolist())
             assert tokens[-1] in tokenizer.eos_ids and text.count('=') == 1
             first = 1 if loss == 'all' else tokens.tolist().index(tokenizer.single_token('=')) + 1
-            assert weights.tolist() == [0] * first + [1] * (26 - first)
-    with pytest.raises(ValueError, match='has 26 tokens, and the reference 25 positions .* task.max_prompt_tokens'):
-        pretraining.sequences(config, tokenizer, 25)
+            assert weights.tolist() == [0] * first + [1] * (19 - first)
+    with pytest.raises(ValueError, match='has 19 tokens, and the reference 18 positions.* task.max_prompt_tokens'):
+        pretraining.sequences(config, tokenizer, 18)
 
 
 def test_it_learns_and_goes_on_from_a_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

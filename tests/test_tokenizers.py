@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 import pytest
 
@@ -31,10 +31,9 @@ def star():
 @given(st.text(max_size=40))
 def test_text_survives(text):
     tokenizer = smollm2()
-    # A few rare bytes have no token of their own in this vocabulary; every other text comes back as it was.
-    known = set(metadata()['tokenizer.ggml.tokens'])
-    if all(token in known for token in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text) for token in token[0]):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+    spelled = ''.join(piece for piece, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text))
+    assume(set(spelled) <= set(metadata()['tokenizer.ggml.tokens']))  # a few rare bytes have no token there
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @settings(max_examples=100, deadline=None)

@@ -310,7 +310,7 @@ def test_remat_keeps_values_and_gradients():
     slope = quick_jit(jax.value_and_grad(loss), static_argnums=1)
     plain, recomputed = (slope(params, config) for config in (TINY, again))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5), plain, recomputed)
-    assert 'checkpoint' in str(jax.make_jaxpr(lambda params: loss(params, again))(params))
+    assert 'remat' in str(jax.make_jaxpr(lambda params: loss(params, again))(params))
 
 
 def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones():
@@ -324,6 +324,17 @@ def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones():
     assert logits.dtype == jnp.float32
     error = np.abs(logits - exact).max() / np.abs(exact).max()
     assert 0 < error < 0.05
+
+
+def test_fresh_weights_keep_the_size_of_what_goes_through_them():
+    wide = dataclasses.replace(TINY, width=64, mlp_width=256, layers=8)
+    block = jax.jit(transformer.init_params, static_argnums=1)(jax.random.key(0), wide)['layers_3']
+    deep = np.sqrt(2 * wide.layers)
+    for part, expected in (
+            (block['attention']['query'], 64 ** -0.5), (block['attention']['output'], 24 ** -0.5 / deep),
+            (block['mlp']['up'], 64 ** -0.5), (block['mlp']['down'], 256 ** -0.5 / deep)):
+        np.testing.assert_allclose(np.std(part['kernel']), expected, rtol=0.1)
+    assert np.all(block['mlp_norm']['scale'] == 1)
 
 
 @family

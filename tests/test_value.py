@@ -16,7 +16,11 @@ from tests import test_transformer as helpers
 from tests.test_transformer import FAMILIES, full_hidden, make_params, make_tokens, positions_of, quick_jit, TINY
 
 TRUNCATED = ValueConfig(num_scores=3, layers=1, extra_layers=1, head_init='normal', head_bias=True)
-KINDS = {kind: dataclasses.replace(TRUNCATED, kind=kind) for kind in ('v', 'q')}
+KINDS = {
+    'v': TRUNCATED,
+    'q': dataclasses.replace(TRUNCATED, kind='q'),
+    'v_restart': dataclasses.replace(TRUNCATED, extra_input='restart'),
+}
 
 kinds = pytest.mark.parametrize('value_config', KINDS.values(), ids=KINDS)
 
@@ -116,6 +120,27 @@ def test_truncated_trunk_is_the_first_layers_of_the_reference(config, extra):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_restarted_layers_read_the_norms_of_prediction_and_token():
+    reference_params, tokens = make_params(TINY), make_tokens((2, 6))
+    value_config = ValueConfig(num_scores=1, layers=1, extra_layers=1, extra_input='restart')
+    trunk = start(value_config, TINY, reference_params)['trunk']
+    trunk['restart_token_norm'] = {'scale': jnp.linspace(-1.0, 2.0, TINY.width)}
+    block = trunk['layers_1']
+    for part in (block['attention']['output'], block['mlp']['down']):
+        assert np.any(part['kernel'] != 0)
+        part['kernel'] = jnp.zeros_like(part['kernel'])  # so that what it reads is what comes out
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x ** 2, axis=-1, keepdims=True) + TINY.norm_eps) * scale
+
+    short = {name: part for name, part in reference_params.items() if name != 'layers_1'}
+    prediction = np.asarray(full_hidden(dataclasses.replace(TINY, layers=1), short, tokens))
+    token = norm(np.asarray(reference_params['embedding'])[tokens], np.asarray(trunk['restart_token_norm']['scale']))
+    expected = norm(prediction + token, np.asarray(reference_params['final_norm']['scale']))
+    got = full_hidden(value_lib.trunk_config(value_config, TINY), trunk, tokens)
+    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_extra_layers_learn():
     value_config = ValueConfig(num_scores=1, layers=1, extra_layers=1, head_init='normal')
     params, tokens = start(value_config), make_tokens((2, 6))
@@ -141,8 +166,7 @@ def test_whole_and_scratch_trunks(init, same):
 
 def test_copies_share_no_memory_with_the_reference():
     reference_params = make_params(TINY)
-    value_config = ValueConfig(num_scores=1, init='reference')
-    trunk = value_lib.init_value_params(jax.random.key(0), value_config, reference_params, TINY)['trunk']
+    trunk = start(ValueConfig(num_scores=1, init='reference'), TINY, reference_params)['trunk']
     for copied, original in zip(jax.tree.leaves(trunk), jax.tree.leaves(reference_params)):
         assert copied.unsafe_buffer_pointer() != original.unsafe_buffer_pointer()
 
@@ -185,6 +209,8 @@ def test_logical_axes_name_every_dimension(value_config):
     ({'layers': None}, "init 'truncate' needs at least 1"),
     ({'init': 'scratch', 'layers': 0}, "init 'scratch' needs at least 1"),
     ({'init': 'reference'}, 'copies every layer'),
+    ({'extra_input': 'both'}, 'allowed: stream, restart'),
+    ({'extra_input': 'restart', 'extra_layers': 0}, 'nothing to read it'),
     ({'head_init': 'lm_head'}, "needs kind 'q'"),
 ])
 def test_impossible_starts_are_refused(change, words):
