@@ -85,7 +85,7 @@ class Rollouts(NamedTuple):
     """
 
     tokens: Array
-    count: Array  # type: ignore[assignment]  # a tuple's own `count` is never called
+    count: Array
     cut: Array
     ended: Array
     roll_in: Array
