@@ -188,6 +188,7 @@ def fit() -> ml_collections.ConfigDict:
     config.tokens = 'all'  # that carry loss: 'all' from the cut on | 'single' (the token at the cut)
     config.init = 'base'  # each iteration starts from: 'base' (as the first) | 'previous' (the last fit)
     config.heldout_fraction = 0.05  # of the prompts kept from training, to measure loss and calibration
+    config.skip_corrupt = False  # True: leave out damaged shards of D with a warning, instead of stopping
     config.checkpoint_every_steps = 500  # gradient steps
     return config
 

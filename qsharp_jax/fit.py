@@ -110,7 +110,8 @@ def batches(experiment: Experiment, iteration: int) -> tuple[FitBatches, list[Fi
     """
     config = experiment.config
     collect.label_missing(experiment, iteration)
-    dataset = AggregatedDataset(experiment.dataset_dir, experiment.reward.digest, iteration)
+    dataset = AggregatedDataset(experiment.dataset_dir, experiment.reward.digest, iteration,
+                                skip_corrupt=config.fit.skip_corrupt)
     train, heldout = split_examples(dataset.examples, config.fit.heldout_fraction, config.seed)
     if config.collect.drop_no_variation:
         train = np.intersect1d(train, dataset.varied_examples())

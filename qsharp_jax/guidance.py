@@ -228,7 +228,8 @@ def _nucleus(logits: Array, limit: Array, top_p: Array) -> Array:
     before = jnp.cumsum(mass, axis=-1) - mass
     kept = (rank < limit[:, None]) & (before < _target(top_p, total)[:, None])
     last = jnp.sum(kept, axis=-1, keepdims=True) - 1
-    ends = (limit <= head) | ((limit == vocab) & (last[:, 0] + 1 < head))
+    # Rows that keep everything need no search; the caller passes them over.
+    ends = (limit <= head) | ((limit == vocab) & ((last[:, 0] + 1 < head) | (top_p >= 1)))
     threshold = jnp.take_along_axis(values, last, axis=-1)
     token = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     tie = (logits == threshold) & (token <= jnp.take_along_axis(ids, last, axis=-1))

@@ -185,7 +185,7 @@ def test_two_processes_share_batches_and_checkpoints(tmp_path):
         [sys.executable, '-c', PROCESS, str(port), str(i), str(tmp_path / 'run')], env=env,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
     try:
-        outputs = [process.communicate(timeout=120) for process in running]
+        outputs = [process.communicate(timeout=300) for process in running]
     finally:
         for process in running:
             process.kill()

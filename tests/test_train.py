@@ -313,8 +313,8 @@ def without(package: str) -> Callable[..., Any]:
     ({'collect__examples': 25}, ['collect.examples is 25', 'has 24 prompts']),
     ({'fit__warmup_steps': 12, 'fit__schedule': 'cosine'}, ['fit.warmup_steps is 12', 'may be 12']),
     ({'reference__pretrain__warmup_steps': 4}, ['reference.pretrain.warmup_steps is 4', 'may be 4']),
-    ({'sampling__max_new_tokens': 105}, ['take 129 positions', 'the reference has 128', 'sampling.max_new_tokens']),
-    ({'task__max_prompt_tokens': 19}, ['longer than max_prompt_tokens = 19', '(20 tokens)', 'to 20 or more']),
+    ({'sampling__max_new_tokens': 113}, ['take 129 positions', 'the reference has 128', 'sampling.max_new_tokens']),
+    ({'task__max_prompt_tokens': 14}, ['longer than max_prompt_tokens = 14', '(15 tokens)', 'to 15 or more']),
     ({'reward': 'arithmetic'}, ["reward 'arithmetic' does not tell right from wrong", 'that fits the task']),
 ])
 def test_what_only_the_data_can_tell_is_refused_before_anything_costly(

@@ -22,9 +22,11 @@ from qsharp_jax.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = str(ROOT / 'configs' / 'star_graph.py') + ':tiny'
+REWARD = str(ROOT / 'tests' / 'tiny_reward.py') + ':starts_low'
 
 # Every phase has several blocks or checkpoints, so that there is something to be killed between.
 OVERRIDES = {
+    'reward': REWARD,
     'iterations': '2',
     'task.max_prompt_tokens': '32',
     'task.star_graph.num_nodes': '8',
