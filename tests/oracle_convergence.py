@@ -175,6 +175,10 @@ def plot(path: Path, numbers: Sequence[int], noisy: dict[str, np.ndarray],
     figure.savefig(path, dpi=130)
 
 
+def _rounded(value: float) -> float:
+    return float(f'{value:.3g}') if abs(value) > 1e-12 else 0.0  # below is float64 arithmetic
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0] if __doc__ else None)
     parser.add_argument('--out', type=Path, required=True, help='the figure, a .png; a .json goes beside it')
@@ -189,7 +193,7 @@ def main() -> None:
               for name in MEASURES}
     plot(flags.out, numbers, curves['noisy'], curves['settled'])
     numbers_of = {
-        language: {name: {kind: [float(f'{value:.3g}') for value in getattr(np, kind)(table, axis=1)]
+        language: {name: {kind: [_rounded(value) for value in getattr(np, kind)(table, axis=1)]
                           for kind in ('mean', 'min', 'max')} for name, table in found.items()}
         for language, found in curves.items()}
     flags.out.with_suffix('.json').write_text(json.dumps({

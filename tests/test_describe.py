@@ -79,4 +79,4 @@ def test_prompts_are_counted_once_they_are_made(tmp_path: Path) -> None:
         text, start = describe.plan(parts), describe.run(parts)
     assert 'training prompts     24, up to 16 tokens\n' in text and 'reference cache, 16 rows x 24 slots' in text
     assert 'prompts    24 to train on, the first of 15 tokens' in start
-    assert 'reward     star_graph' in start and f'workdir    {tmp_path}/run' in start
+    assert f'reward     {tiny.REWARD}' in start and f'workdir    {tmp_path}/run' in start

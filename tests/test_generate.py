@@ -73,8 +73,8 @@ def test_the_entry_point_reads_prompts_from_its_input(
     (['--prompt=1', '--samples=0'], '--samples is 0; it must be at least 1'),
     (['--prompt=1', '--iteration=2'], 'no value network of iteration 2 in .* the run has finished 1'),
     (['--prompt=1', '--prompt=who?'], "'w.*' at character 0 of 'who\\?' is not in the vocabulary"),
-    (['--prompt=1', '--prompt=' + ','.join('1' * 17)],
-     "the prompt '1,1,1.*' has more than task.max_prompt_tokens = 32"),
+    (['--prompt=1', '--prompt=' + '|'.join('1' * 17)],
+     "the prompt '1.1.1.*' has more than task.max_prompt_tokens = 32"),
     (['--prompt='], 'the prompt of example 0 is empty'),
 ])
 def test_what_cannot_be_answered_is_refused(
