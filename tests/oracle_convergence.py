@@ -185,6 +185,8 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=10)
     parser.add_argument('--most', type=int, default=2 ** 16, help='roll-outs of the last point')
     flags = parser.parse_args()
+    if flags.most < 2048:
+        parser.error(f'--most is {flags.most}; slopes are taken from 1024 on, so it must be at least 2048.')
     numbers = [2 ** power for power in range(7, flags.most.bit_length())]
     languages = {'noisy': NOISY, 'settled': SETTLED}
     curves = {name: curve(tree, numbers, flags.seeds) for name, tree in languages.items()}

@@ -62,7 +62,8 @@ def test_the_data_of_both_iterations_count():
         found.append([oracle.distances(tree, oracle.guide(tree, oracle.fit(tree, data)))['kl']
                       for data in (first, second, both)])
         # Every answer keeps the first token of its roll-in, which the second time is guided by the first fit.
-        for data, policy in ((first, tree.reference()), (second, oracle.guide(tree, oracle.fit(tree, first)))):
+        guided = oracle.guide(tree, oracle.fit(tree, first))
+        for data, policy in ((first, tree.reference()), (second, guided)):
             counts = np.bincount(data[data[:, 0] == 0, 3], minlength=3)
             assert stats.chisquare(counts, policy[0, 0] * counts.sum()).pvalue > 1e-4
         assert stats.chisquare(counts, tree.reference()[0, 0] * counts.sum()).pvalue < 1e-9
