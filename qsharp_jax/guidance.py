@@ -79,14 +79,16 @@ def policy_log_probs(logits: Array, log_weight: Array, scored: Array, root_log_w
     """
     if order not in ORDERS:
         raise ValueError(f'order is {order!r}; it must be one of {", ".join(ORDERS)}.')
+    sampler = logits
     if order == 'after_sampler':
         sampler = _sampler_logits(logits, policy)
-        weighing = jax.nn.log_softmax(sampler, axis=-1)
     elif outside in ('mean', 'soft_bellman'):
         temperature = jnp.where(policy.temperature > 0, policy.temperature, 1.0)
-        weighing = sampler_log_probs(logits, dataclasses.replace(policy, temperature=temperature))
+        sampler = _sampler_logits(logits, dataclasses.replace(policy, temperature=temperature))
+    if outside == 'soft_bellman':
+        weighing = jax.nn.log_softmax(sampler, axis=-1)
     else:
-        weighing = logits
+        weighing = sampler  # a pass over the vocabulary saved
     added = offsets(weighing, log_weight, scored, root_log_weight, first_token, policy.eta, outside)
     if order == 'after_sampler':
         return jax.nn.log_softmax(sampler + added, axis=-1)
@@ -108,7 +110,7 @@ def offsets(sampler_log_probs: Array, log_weight: Array, scored: Array, root_log
         weights, and `mean` at the first token or where the sampler puts less than 1e-3 on all such tokens.
 
     Args:
-      sampler_log_probs: π, the normalised sampler; read by `mean` and `soft_bellman` only.  # [B, V]
+      sampler_log_probs: π of the sampler; read by `soft_bellman`, and up to a constant by `mean`.  # [B, V]
       log_weight: log weight of each scored token, anything elsewhere.  # [B, V]
       scored: which tokens have been scored.  # [B, V] bool
       root_log_weight: log weight of the token chosen last.  # [B]

@@ -17,7 +17,7 @@ INF = math.inf
 VOCAB = 300  # more than the head of the nucleus search, so that both its ways are taken
 RULES = [(outside, 'paper') for outside in guidance.OUTSIDE] + [('mean', 'after_sampler')]
 policy_log_probs = jax.jit(guidance.policy_log_probs, static_argnames=('outside', 'order'))
-sampler_log_probs = jax.jit(guidance.sampler_log_probs)
+jitted_sampler = jax.jit(guidance.sampler_log_probs)
 offsets = jax.jit(guidance.offsets, static_argnames='outside')
 sample = jax.jit(guidance.sample)
 top_candidates = jax.jit(guidance.top_candidates, static_argnames='count')
@@ -41,15 +41,21 @@ def case(seed, rows=6, vocab=VOCAB, count=20, scale=3.0):
     return logits, jnp.asarray(weight, jnp.float32), jnp.asarray(scored), jnp.asarray(root, jnp.float32)
 
 
+def sampler_log_probs(logits, policy):
+    return jitted_sampler(np.asarray(logits, np.float32), policy)
+
+
 def law(logits, weight, scored, root, policy, outside, order, first=False):
-    return policy_log_probs(logits, weight, scored, root, jnp.full(root.shape, first), policy,
+    # Equal types whatever the caller computed with: one compiled program per rule.
+    logits, weight, root = (np.asarray(each, np.float32) for each in (logits, weight, root))
+    return policy_log_probs(logits, weight, np.asarray(scored), root, np.full(root.shape, first), policy,
                             outside=outside, order=order)
 
 
 def slow_offsets(pi, weight, scored, root, first, outside):
     """One row, in plain weights and float64."""
     ids = np.flatnonzero(scored)
-    w = {j: math.exp(weight[j]) for j in ids}
+    w: dict = {j: math.exp(weight[j]) for j in ids}
     mean = sum(pi[j] * w[j] for j in ids) / sum(pi[j] for j in ids)
     if outside == 'zero':
         rest = 1.0
@@ -95,8 +101,9 @@ def test_cuts_are_exact_among_tokens_a_few_last_digits_apart():
 
 def test_sampler_row_by_row_settings_do_not_touch_each_other():
     logits = case(1)[0] * 0.3
-    settings = dict(temperature=[0.0, 1.0, 0.5, 1.0, 2.0, 0.0], top_k=[0, 5, 0, 280, 0, 2],
-                    top_p=[1.0, 1.0, 0.9, 0.5, 1.0, 0.3])
+    settings: dict[str, list] = dict(
+        temperature=[0.0, 1.0, 0.5, 1.0, 2.0, 0.0], top_k=[0, 5, 0, 280, 0, 2],
+        top_p=[1.0, 1.0, 0.9, 0.5, 1.0, 0.3])
     together = sampler_log_probs(logits, make_policy(6, **settings))
     for row in range(6):
         alone = sampler_log_probs(logits[row:row + 1],

@@ -166,10 +166,11 @@ def test_guidance_with_exact_values_is_the_optimum(eta, temperature, top_p):
     nodes = np.flatnonzero(tree.open)
     children = jnp.asarray(nodes[:, None] * 3 + 1 + np.arange(3))
     rows = len(tree.prompts) * len(nodes)
-    policy = types.Policy(*(jnp.full((rows,), value) for value in (eta, temperature)),
-                          top_k=jnp.zeros((rows,), jnp.int32), top_p=jnp.full((rows,), top_p))
+    policy = types.Policy(
+        eta=jnp.full((rows,), eta), temperature=jnp.full((rows,), temperature),
+        top_k=jnp.zeros((rows,), jnp.int32), top_p=jnp.full((rows,), top_p))
     weight = distribution.log_weight(scores[:, children], jnp.full((1, 1, 1), eta))
-    log_probs = guidance.policy_log_probs(
+    log_probs = jax.jit(guidance.policy_log_probs, static_argnames=('outside', 'order'))(
         jnp.asarray(tree.logits[:, nodes], jnp.float32).reshape(rows, 3), weight.reshape(rows, 3),
         jnp.ones((rows, 3), bool), jnp.zeros(rows), jnp.ones((rows,), bool), policy,
         outside='mean', order='after_sampler')

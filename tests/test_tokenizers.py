@@ -40,6 +40,8 @@ def test_text_survives(text):
 @given(st.integers(0, 10**9))
 def test_digits_are_split_one_by_one(number):
     assert smollm2().pieces(smollm2().encode(str(number))) == list(str(number))
+    # Set apart before words are: a number takes no white space along, and leaves it whole.
+    assert smollm2().pieces(smollm2().encode(f'\n {number}')) == ['\n ', *str(number)]
 
 
 def test_nothing_is_added_and_control_tokens_are_whole():

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from experiments import train as entry
-from qsharp_jax import checkpoint, cli, collect, evaluate, rewards, train
+from qsharp_jax import checkpoint, cli, collect, evaluate, learner, rewards, train
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.data import star_graph, tokenizers
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Manifest
@@ -69,6 +69,23 @@ def stop_after(patch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[
         return result
 
     patch.setattr(owner, name, stopping)
+
+
+def counted(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
+    """Counts, in the list's one entry, the calls of what a function returns."""
+    function, calls = getattr(owner, name), [0]
+
+    def counting(*args: Any) -> Callable[..., Any]:
+        made = function(*args)
+
+        def call(*args: Any) -> Any:
+            calls[0] += 1
+            return made(*args)
+
+        return call
+
+    patch.setattr(owner, name, counting)
+    return calls
 
 
 def written(workdir: Path, pattern: str) -> dict[Path, int]:
@@ -143,7 +160,9 @@ def test_a_run_stopped_in_every_phase_and_extended_equals_a_straight_one(
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, evaluate, '_write', lambda path, _: 'qsharp_1' in str(path))
+        made = counted(patch, learner, 'make_update')
         train.run(one, workdir)
+    assert made[0] == 12 - 4
     blocks = written(workdir, 'samples/*/*/*.jsonl')
     assert sum('qsharp_1' in str(path) for path in blocks) == 1
 

@@ -165,8 +165,9 @@ def test_whole_and_scratch_trunks(init, same):
 
 
 def test_copies_share_no_memory_with_the_reference():
-    reference_params = make_params(TINY)
-    trunk = start(ValueConfig(num_scores=1, init='reference'), TINY, reference_params)['trunk']
+    config = dataclasses.replace(TINY, layers=1)
+    reference_params, value_config = make_params(config), ValueConfig(num_scores=1, init='reference')
+    trunk = value_lib.init_value_params(jax.random.key(0), value_config, reference_params, config)['trunk']
     for copied, original in zip(jax.tree.leaves(trunk), jax.tree.leaves(reference_params)):
         assert copied.unsafe_buffer_pointer() != original.unsafe_buffer_pointer()
 
@@ -183,9 +184,16 @@ def test_language_model_head_scores_are_the_logits(config):
         np.testing.assert_allclose(scores[:, place], np.repeat(expected, 2, axis=1), atol=1e-5, rtol=1e-5)
 
 
-def test_starts_with_equal_keys_are_equal():
-    value_config = ValueConfig(num_scores=2, init='scratch', layers=2, head_init='normal')
-    jax.tree.map(np.testing.assert_array_equal, start(value_config), start(value_config))
+def test_key_decides_what_is_fresh_and_nothing_else():
+    reference_params = make_params(TINY)
+    value_config = ValueConfig(num_scores=2, layers=1, extra_layers=1, head_init='normal')
+    draw = quick_jit(lambda key: value_lib.init_value_params(key, value_config, reference_params, TINY))
+    first, again, other = (draw(jax.random.key(seed)) for seed in (1, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    jax.tree.map(np.testing.assert_array_equal, first['trunk']['layers_0'], other['trunk']['layers_0'])
+    for fresh in (lambda params: params['trunk']['layers_1']['mlp']['up']['kernel'],
+                  lambda params: params['head']['kernel']):
+        assert np.all(fresh(first) != fresh(other))
 
 
 @kinds
