@@ -173,8 +173,9 @@ def reward_options() -> ml_collections.ConfigDict:
 def fit() -> ml_collections.ConfigDict:
     """Maximum likelihood of the observed returns."""
     config = ml_collections.ConfigDict()
-    config.batch_size = 32  # rows (groups of answers to one prompt) a gradient step, over all devices
+    config.batch_size = 32  # rows a gradient step, over all devices
     config.samples_per_row = 1  # most answers of one prompt that share a row, and one copy of the prompt
+    config.prompts_per_row = 1  # most prompts that share a row, and one copy of what they begin with alike
     config.epochs = 5.0  # passes over the data
     config.optimizer = 'adamw'  # 'adamw' | 'muon'
     config.learning_rate = 2e-5

@@ -80,7 +80,8 @@ def _draw(experiment: Experiment, how: decoding.Guidance, value_params: Params, 
     policy = experiment.policy(np.full(rows, eta), np.full(rows, config.sampling.temperature))
     drawn = sharding.to_host(rollout.collect(
         experiment.reference, how, experiment.reference_params, value_params, policy,
-        experiment.place_units(batch.units), experiment.rollout, experiment.eos_ids, config.seed, iteration))
+        experiment.place_units(batch.units), experiment.rollout, experiment.eos_ids, config.seed, iteration,
+        batch.shared))
     return [
         Rollout(
             iteration=iteration, example=int(prompts.ids[batch.index[i]]), sample=int(batch.units.samples[i]),

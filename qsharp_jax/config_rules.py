@@ -82,6 +82,7 @@ _AT_LEAST: dict[str, int] = {
     'reward_options.workers': 0,
     'fit.batch_size': 1,
     'fit.samples_per_row': 1,
+    'fit.prompts_per_row': 1,
     'fit.weight_decay': 0,
     'fit.clip_norm': 0,
     'fit.warmup_steps': 0,

@@ -166,7 +166,7 @@ def write_answers(experiment: Experiment, how: decoding.Guidance, value_params: 
     limit = jnp.where(drawn.real, length, 0).astype(jnp.int32)
     state = decoding.start(
         experiment.reference, how.value, experiment.reference_params, value_params, drawn.prompts, drawn.lengths,
-        drawn.rows, keys, limit, length)
+        drawn.rows, keys, limit, length, batch.shared)
     return decoding.decode(experiment.reference, how, experiment.reference_params, value_params, policy, state,
                            experiment.eos_ids)
 
@@ -182,8 +182,8 @@ def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float) -> Row:
 
     Returns:
       the keys of a row of results.jsonl that are measured. `kl` is Σ over an answer's tokens of the full-vocabulary
-      KL(policy ‖ reference at the same temperature), mean over answers, in nats; `kl_per_token` divides the total by
-      the number of tokens. Standard errors are clustered by example.
+      KL(policy ‖ reference at the temperature of the run's sampler), mean over answers, in nats; `kl_per_token`
+      divides the total by the number of tokens. Standard errors are clustered by example.
     """
     table = by_example(rows, v_min)
     rewards, kl = table['reward'], table['kl']

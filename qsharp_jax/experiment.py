@@ -79,12 +79,18 @@ class Experiment:
             outside=guidance.outside, order=guidance.order, offset=offset)
 
     def policy(self, eta: np.ndarray, temperature: np.ndarray) -> Policy:
-        """Returns the policy of each row on the mesh, with the sampler's top-k and top-p.  # [B], [B]"""
+        """Returns the policy of each row on the mesh, with the sampler's top-k and top-p.  # [B], [B]
+
+        KL is measured to the reference at the sampler's temperature, or at 1 if that is 0: a greedy choice is no
+        distribution to compare with.
+        """
         rows = len(eta)
+        base = self.config.sampling.temperature or 1.0
         return sharding.shard_batch(self.mesh, Policy(
             eta=np.asarray(eta, np.float32), temperature=np.asarray(temperature, np.float32),
             top_k=np.full(rows, self.config.sampling.top_k, np.int32),
-            top_p=np.full(rows, self.config.sampling.top_p, np.float32)))
+            top_p=np.full(rows, self.config.sampling.top_p, np.float32),
+            reference_temperature=np.full(rows, base, np.float32)))
 
     def place_units(self, units: Units) -> Units:
         """Returns the units on the mesh: rows split over its batch axes, the distinct prompts on every device."""
@@ -217,7 +223,7 @@ def _check_warmup(config: ml_collections.ConfigDict, examples: int) -> None:
     """
     fit = config.fit
     train = examples - max(round(fit.heldout_fraction * examples), 1 if fit.heldout_fraction else 0)
-    rows = train * math.ceil(config.collect.samples / fit.samples_per_row)
+    rows = math.ceil(train * math.ceil(config.collect.samples / fit.samples_per_row) / fit.prompts_per_row)
     most = {'fit': (fit, math.ceil(fit.epochs * math.ceil(rows / fit.batch_size)))}
     if config.reference.source == 'pretrain':
         most['reference.pretrain'] = config.reference.pretrain, config.reference.pretrain.steps

@@ -89,7 +89,7 @@ def scores_fn(experiment: Experiment) -> learner.ScoresFn:
     def scores(params: Params, batch: FitBatch) -> Array:
         return networks.value_scores(
             experiment.value_shape, experiment.value_config, params, batch.tokens, batch.positions,
-            attention_mask(batch.segments, batch.positions), batch.parents)
+            attention_mask(batch.ends), batch.parents)
 
     return scores
 
@@ -123,7 +123,8 @@ def batches(experiment: Experiment, iteration: int) -> tuple[FitBatches, list[Fi
 
     def packed(examples: np.ndarray) -> FitBatches:
         return FitBatches(dataset, config.fit.batch_size, config.fit.samples_per_row, config.seed + iteration,
-                          examples=examples, tokens=config.fit.tokens, rows_divisible_by=parts)
+                          prompts_per_row=config.fit.prompts_per_row, examples=examples, tokens=config.fit.tokens,
+                          rows_divisible_by=parts)
 
     if not len(heldout):
         return packed(train), []

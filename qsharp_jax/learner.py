@@ -212,7 +212,7 @@ class Predictions:
       position: of the token in its answer, from 0.  # [N]
       loss: as in the fit.  # [N]
       weight: its share in its sample's loss; they sum to 1 over a sample.  # [N]
-      example: a number for each prompt, from 0 in the order of the batches.  # [N]
+      example: id of the prompt.  # [N]
     """
 
     mean: np.ndarray
@@ -285,15 +285,9 @@ def evaluate_loss(
     Raises ValueError when no batch holds a token with a loss.
     """
     kept: list[dict[str, np.ndarray]] = []
-    examples: dict[bytes, int] = {}
     for batch in batches:
         out, batch = sharding.to_host((predict(params, batch), batch))
-        # An example may take several rows, in several batches: its prompt says which.
-        prompt = batch.segments == 0
-        rows = [examples.setdefault(tokens[of].tobytes(), len(examples))
-                for tokens, of in zip(batch.tokens, prompt)]
-        out['example'] = np.broadcast_to(np.array(rows)[:, None], prompt.shape)
-        out['position'] = batch.positions - prompt.sum(axis=1, keepdims=True)
+        out['example'], out['position'] = batch.examples, batch.answer_positions
         out['reward'], out['weight'] = batch.rewards, batch.weights
         kept.append({name: array[out['weight'] > 0] for name, array in out.items()})
     if not any(len(part['weight']) for part in kept):

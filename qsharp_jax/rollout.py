@@ -98,7 +98,7 @@ def draw_cuts(keys: Array, lengths: Array) -> Array:
 
 def collect(reference: Reference, how: decoding.Guidance, reference_params: Params, value_params: Params,
             policy: Policy, units: Units, config: RolloutConfig, eos_ids: tuple[int, ...], seed: int,
-            iteration: int) -> Rollouts:
+            iteration: int, shared: int = 0) -> Rollouts:
     """Returns one spliced answer per unit.
 
     Args:
@@ -112,6 +112,7 @@ def collect(reference: Reference, how: decoding.Guidance, reference_params: Para
       eos_ids: tokens that end an answer.
       seed: of the run.
       iteration: outer iteration, part of the noise's address.
+      shared: number of leading tokens that are the same in every prompt.
     """
 
     def keys(stage: str) -> Array:
@@ -121,7 +122,7 @@ def collect(reference: Reference, how: decoding.Guidance, reference_params: Para
     first = most if config.cut == 'uniform' else jnp.minimum(most, 1)
     state = decoding.start(
         reference, how.value, reference_params, value_params, units.prompts, units.lengths, units.rows,
-        keys('roll_in'), first, config.buffer)
+        keys('roll_in'), first, config.buffer, shared)
     state = decoding.decode(reference, how, reference_params, value_params, policy, state, eos_ids)
 
     roll_in = state.count + 0  # a copy: the state is given up below

@@ -28,12 +28,15 @@ class Policy:
       temperature: of the reference's softmax; 0 is greedy.  # [B]
       top_k: number of tokens kept by the sampler; 0 keeps all.  # [B] int32
       top_p: mass of the nucleus kept by the sampler; 1 keeps all.  # [B]
+      reference_temperature: above 0; the KL is measured to the reference at this temperature, also that of a policy
+        which samples at another one.  # [B]
     """
 
     eta: Array
     temperature: Array
     top_k: Array
     top_p: Array
+    reference_temperature: Array
 
 
 @struct.dataclass
@@ -59,7 +62,8 @@ class Reference:
     Attributes:
       vocab_size: V.
       init_cache: (batch, capacity) -> Cache with `capacity` slots a row.
-      prefill: (params, tokens [B, P], lengths [B], cache) -> Cache. Writes positions 0 .. lengths-1 of each row;
+      prefill: (params, tokens [B, P], lengths [B], cache, start) -> Cache. Writes positions start ..
+        start + lengths - 1 of each row behind the `start` (an int, the same for all rows) that the cache holds;
         tokens at or beyond `lengths` are padding of any value.
       step: (params, token [B], length [B], cache) -> (logits [B, V] float32, Cache). Puts `token` at position
         `length` and returns the logits of the token after it.
@@ -67,7 +71,7 @@ class Reference:
 
     vocab_size: int
     init_cache: Callable[[int, int], Cache]
-    prefill: Callable[[Params, Array, Array, Cache], Cache]
+    prefill: Callable[[Params, Array, Array, Cache, int], Cache]
     step: Callable[[Params, Array, Array, Cache], tuple[Array, Cache]]
 
 
@@ -85,6 +89,6 @@ class Value:
     """
 
     init_cache: Callable[[int, int], Cache]
-    prefill: Callable[[Params, Array, Array, Cache], Cache]
+    prefill: Callable[[Params, Array, Array, Cache, int], Cache]
     score: Callable[[Params, Array, Array, Array, Cache], tuple[ValueScores, Cache]]
     scores_root: bool = True

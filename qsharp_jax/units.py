@@ -17,14 +17,16 @@ class UnitBatch:
     Attributes:
       units: what to draw; padding rows at the end are not `real`.
       policies: number of each row's policy in the list the caller had in mind.  # [B] int32
-      index: row number of each unit's example in `Prompts`; 0 for padding.  # [B] int64
+      index: row number of each unit's example in `Prompts`; padding repeats the last.  # [B] int64
       real: number of rows that are no padding.
+      shared: number of leading tokens that are the same in every prompt, also of other batches.
     """
 
     units: Units
     policies: np.ndarray
     index: np.ndarray
     real: int
+    shared: int
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -35,6 +37,13 @@ def round_up(number: int, multiple: int) -> int:
 def prompt_width(prompts: Prompts) -> int:
     """Returns one width for all the prompts, so that every batch has one compiled shape."""
     return round_up(max(len(tokens) for tokens in prompts.tokens), 8)
+
+
+def shared_prefix(prompts: Prompts) -> int:
+    """Returns how many leading tokens all prompts have in common, at least one of each prompt left out."""
+    first, last = min(prompts.tokens), max(prompts.tokens)  # of sorted prompts, these differ earliest
+    same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return min(same, *(len(tokens) - 1 for tokens in prompts.tokens))
 
 
 def batches(prompts: Prompts, which: Sequence[int] | np.ndarray, samples: int, policies: int, batch_rows: int,
@@ -51,6 +60,7 @@ def batches(prompts: Prompts, which: Sequence[int] | np.ndarray, samples: int, p
     """
     per_example = samples * policies
     total = len(which) * per_example
+    shared = shared_prefix(prompts)
     # A batch that starts inside an example touches one example more than its rows would fill.
     most_prompts = min(len(which), -(-batch_rows // per_example) + 1)
     for first in range(0, total, batch_rows):
@@ -62,8 +72,9 @@ def batches(prompts: Prompts, which: Sequence[int] | np.ndarray, samples: int, p
         index = np.asarray(which)[place]
         distinct, rows = np.unique(place, return_inverse=True)
         tokens = np.zeros((most_prompts, width), np.int32)
-        lengths = np.ones(most_prompts, np.int32)  # a prompt that no row reads still needs one token
-        for slot, chosen in enumerate(distinct):
+        lengths = np.zeros(most_prompts, np.int32)
+        # A slot that no row reads still needs a prompt: the last one, again.
+        for slot, chosen in enumerate(np.pad(distinct, (0, most_prompts - len(distinct)), mode='edge')):
             text = prompts.tokens[which[chosen]]
             tokens[slot, :len(text)] = text
             lengths[slot] = len(text)
@@ -72,4 +83,4 @@ def batches(prompts: Prompts, which: Sequence[int] | np.ndarray, samples: int, p
                 prompts=tokens, lengths=lengths, rows=rows.astype(np.int32),
                 examples=prompts.ids[index].astype(np.int32), samples=sample.astype(np.int32),
                 real=np.arange(batch_rows) < real),
-            policies=policy.astype(np.int32), index=index, real=real)
+            policies=policy.astype(np.int32), index=index, real=real, shared=shared)

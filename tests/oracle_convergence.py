@@ -56,7 +56,7 @@ def draw(tree: tabular.Language, law: np.ndarray | None, number: int, seed: int,
     how = decoding.Guidance() if law is None else decoding.Guidance(VALUE, RETURNS, tree.vocab_size)
     scores = None if law is None else tree.scores(RETURNS, law)
     policy = types.Policy(*(jnp.full(BATCH, value) for value in (math.inf if law is None else ETA, 1.0)),
-                          jnp.zeros(BATCH, jnp.int32), jnp.ones(BATCH))
+                          jnp.zeros(BATCH, jnp.int32), jnp.ones(BATCH), jnp.ones(BATCH))
     width = max(map(len, tree.prompts))
     prompts = jnp.asarray([prompt + (0,) * (width - len(prompt)) for prompt in tree.prompts])
     lengths = jnp.asarray([len(prompt) for prompt in tree.prompts])

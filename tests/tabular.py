@@ -294,9 +294,10 @@ def _init_cache(batch: int, capacity: int) -> types.Cache:
     return {'tokens': jnp.full((batch, capacity), -1, jnp.int32)}
 
 
-def _prefill(params: types.Params, tokens: jax.Array, lengths: jax.Array, cache: types.Cache) -> types.Cache:
+def _prefill(params: types.Params, tokens: jax.Array, lengths: jax.Array, cache: types.Cache,
+             start: int) -> types.Cache:
     # Padding is written too, as a network would: reading past the length must show.
-    return {'tokens': cache['tokens'].at[:, :tokens.shape[1]].set(tokens.astype(jnp.int32))}
+    return {'tokens': cache['tokens'].at[:, start:start + tokens.shape[1]].set(tokens.astype(jnp.int32))}
 
 
 def _write(cache: types.Cache, token: jax.Array, position: jax.Array) -> types.Cache:

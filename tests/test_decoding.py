@@ -26,11 +26,12 @@ AFTER = decoding.Guidance(VALUE, BERNOULLI, candidates=2, order='after_sampler')
 PROMPTS = ((3,), (1, 4, 1, 5), (9, 2))  # a prompt may hold a token that ends answers
 
 
-def policy_of(eta, temperature=1.0, top_k=0, top_p=1.0):
+def policy_of(eta, temperature=1.0, top_k=0, top_p=1.0, reference_temperature=1.0):
     """One row per entry of `eta`; the other settings are given once or per row."""
     eta = np.asarray(eta, np.float32)
     each = [np.broadcast_to(np.asarray(value, kind), eta.shape)
-            for value, kind in ((temperature, np.float32), (top_k, np.int32), (top_p, np.float32))]
+            for value, kind in ((temperature, np.float32), (top_k, np.int32), (top_p, np.float32),
+                                (reference_temperature, np.float32))]
     return types.Policy(jnp.asarray(eta), *map(jnp.asarray, each))
 
 
@@ -107,15 +108,15 @@ class Drawn:
 
 
 @functools.cache
-def drawn(order, temperature, top_p, candidates):
+def drawn(order, temperature, top_p, candidates, reference_temperature):
     tree = TREE
     distribution = categorical.make('categorical', -0.5, 1.0, 4)
     sampler = tree.reference(temperature, top_p=top_p)
     law = tree.return_law(sampler)
     how = decoding.Guidance(TREE_VALUE, distribution, candidates, order=order)
     prompt = np.arange(DRAWS) % 2
-    state = write(how, policy_of(np.full(DRAWS, ETA), temperature, 0, top_p), prompt, np.arange(DRAWS) // 2,
-                  tree.horizon, prompts=tree.prompts, eos=tree.eos, reference=TREE_REFERENCE,
+    state = write(how, policy_of(np.full(DRAWS, ETA), temperature, 0, top_p, reference_temperature), prompt,
+                  np.arange(DRAWS) // 2, tree.horizon, prompts=tree.prompts, eos=tree.eos, reference=TREE_REFERENCE,
                   params=(tree.reference_params(), tree.scores(distribution, law)), buffer=tree.horizon)
     if order == 'after_sampler':
         policy = tree.optimal_policy(ETA, sampler)
@@ -123,11 +124,11 @@ def drawn(order, temperature, top_p, candidates):
         weight = law @ np.exp(tree.support / ETA)
         log_weight = np.log(weight, where=weight > 0, out=np.zeros_like(weight))
         policy = tabular.sampler_probs(tree.logits + tree.children(log_weight), temperature, 0, top_p)
-    return Drawn(policy, tree.reference(temperature), temperature, prompt, state)
+    return Drawn(policy, tree.reference(reference_temperature), temperature, prompt, state)
 
 
 SETTINGS = pytest.mark.parametrize('setting', (
-    ('paper', 1.0, 1.0, 3), ('paper', 0.8, 0.9, 3), ('after_sampler', 0.8, 0.9, 1)))
+    ('paper', 1.0, 1.0, 3, 1.0), ('paper', 0.8, 0.9, 3, 1.0), ('after_sampler', 0.8, 0.9, 1, 0.8)))
 
 
 def chance(answered, prompts, policy):

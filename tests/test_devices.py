@@ -55,7 +55,8 @@ def placed(mesh):
     """Policies and units on a mesh: half of the rows guided, four distinct prompts, two rows of padding."""
     number = np.arange(ROWS)
     policy = Policy(eta=np.where(number % 2, 0.1, np.inf).astype(np.float32), temperature=np.ones(ROWS, np.float32),
-                    top_k=np.zeros(ROWS, np.int32), top_p=np.ones(ROWS, np.float32))
+                    top_k=np.zeros(ROWS, np.int32), top_p=np.ones(ROWS, np.float32),
+                    reference_temperature=np.ones(ROWS, np.float32))
     rows = (number % 4).astype(np.int32), (number % 4).astype(np.int32), (number // 4).astype(np.int32), number < 30
     return sharding.shard_batch(mesh, policy), rollout.Units(
         *sharding.replicate(mesh, (PROMPTS, LENGTHS)), *sharding.shard_batch(mesh, rows))

@@ -25,7 +25,7 @@ top_candidates = jax.jit(guidance.top_candidates, static_argnames='count')
 
 def make_policy(rows, eta=0.1, temperature=1.0, top_k=0, top_p=1.0):
     return types.Policy(*(jnp.broadcast_to(jnp.asarray(value, dtype), (rows,)) for value, dtype in (
-        (eta, jnp.float32), (temperature, jnp.float32), (top_k, jnp.int32), (top_p, jnp.float32))))
+        (eta, jnp.float32), (temperature, jnp.float32), (top_k, jnp.int32), (top_p, jnp.float32), (1.0, jnp.float32))))
 
 
 def case(seed, rows=6, vocab=VOCAB, count=20, scale=3.0):

@@ -70,17 +70,18 @@ def _pack(samples, per_row, rows=16, length=16, examples=None):
     """Returns a batch whose rows hold a prompt of one token and `per_row` samples; the rest is padding."""
     shape = rows, length
     batch = FitBatch(
-        tokens=np.zeros(shape, np.int32), segments=np.full(shape, -1, np.int32),
+        tokens=np.zeros(shape, np.int32), ends=np.zeros(shape, np.int32),
         positions=np.zeros(shape, np.int32), parents=np.zeros(shape, np.int32),
+        examples=np.full(shape, -1, np.int32), answer_positions=np.full(shape, -1, np.int32),
         rewards=np.zeros(shape, np.float32), weights=np.zeros(shape, np.float32))
     for row, start in enumerate(range(0, len(samples), per_row)):
-        batch.segments[row, 0] = 0
         batch.tokens[row, 0] = row % VOCAB if examples is None else examples[row]
         end = 1
-        for segment, (tokens, reward) in enumerate(samples[start:start + per_row], start=1):
+        for tokens, reward in samples[start:start + per_row]:
             inside = slice(end, end + len(tokens))
             batch.tokens[row, inside] = tokens
-            batch.segments[row, inside] = segment
+            batch.examples[row, inside] = row if examples is None else examples[row]
+            batch.answer_positions[row, inside] = np.arange(len(tokens))
             batch.positions[row, inside] = 1 + np.arange(len(tokens))
             batch.rewards[row, inside] = reward
             batch.weights[row, inside] = 1 / len(tokens)
@@ -309,9 +310,8 @@ def test_evaluation_is_a_loop_over_all_batches(distribution, rewards):
     mesh = sharding.make_mesh(2, 2, 2)
     parts = [_samples(14, 14, rewards), _samples(7, 7, rewards)]
     # Example 3 has the first and the last row of the first batch, and the first of the second.
-    packs = [_pack(parts[0], 2, rows=8, examples=[3, 4, 5, 6, 7, 8, 3]),
-             _pack(parts[1], 2, rows=8, examples=[3, 9, 10, 11])]
-    numbers = [[0, 1, 2, 3, 4, 5, 0], [0, 7, 8, 9]]  # 6 is the padding row's
+    examples = [[3, 4, 5, 6, 7, 8, 3], [3, 9, 10, 11]]
+    packs = [_pack(samples, 2, rows=8, examples=ids) for samples, ids in zip(parts, examples)]
     predict = learner.make_predict(_scores, distribution, (0.1, np.inf))
     found = learner.evaluate_loss(
         predict, sharding.replicate(mesh, _params(distribution)),
@@ -322,11 +322,11 @@ def test_evaluation_is_a_loop_over_all_batches(distribution, rewards):
     loss_of = {reward: np.asarray(distribution.loss(scores, jnp.full(VOCAB, reward))) for reward in rewards}
     span = distribution.v_max - distribution.v_min
     losses, briers, rows = [], [], []
-    for samples, number in zip(parts, numbers):
+    for samples, ids in zip(parts, examples):
         for i, (tokens, reward) in enumerate(samples):
             losses.append(np.mean(loss_of[reward][tokens]))
             briers.append(np.mean(((means[tokens] - reward) / span) ** 2))
-            rows += [(loss_of[reward][token], means[token], reward, t, 1 / len(tokens), number[i // 2],
+            rows += [(loss_of[reward][token], means[token], reward, t, 1 / len(tokens), ids[i // 2],
                       log_weights[token], 0.0) for t, token in enumerate(tokens)]
     assert found.loss == pytest.approx(np.mean(losses), abs=1e-5)
     assert found.brier == pytest.approx(np.mean(briers), abs=1e-5)

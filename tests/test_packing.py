@@ -5,7 +5,6 @@ import jax
 import numpy as np
 import pytest
 
-from qsharp_jax.data import packing
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
 from qsharp_jax.data.packing import attention_mask, FitBatches, split_examples
 
@@ -38,11 +37,15 @@ def tokens_of(data):
 
 
 def as_rows(batch):
-    """Each (row, segment) of a batch as a dict of its tokens, weights, positions and rewards."""
-    for row in range(len(batch.tokens)):
-        for segment in range(1, batch.segments[row].max() + 1):
-            here = np.flatnonzero(batch.segments[row] == segment)
-            yield row, segment, here
+    """Each answer of a batch: its row, and the indices of its prompt and of its own tokens along the row."""
+    for row, place in zip(*np.nonzero(batch.answer_positions == 0)):
+        here = [place]
+        while here[-1] + 1 < batch.tokens.shape[1] and batch.answer_positions[row, here[-1] + 1] == len(here):
+            here.append(here[-1] + 1)
+        above = [batch.parents[row, place]]
+        while batch.parents[row, above[0]] != above[0]:
+            above.insert(0, batch.parents[row, above[0]])
+        yield row, np.array(above), np.array(here)
 
 
 @pytest.fixture(name='data', scope='module')
@@ -51,9 +54,10 @@ def data_fixture(tmp_path_factory):
 
 
 @pytest.mark.parametrize('tokens', ['all', 'single'])
-@pytest.mark.parametrize('samples_per_row, rows', [(1, 4), (3, 2), (100, 8)])
-def test_every_answer_is_once_in_every_epoch_whole_and_with_its_reward(data, tokens, samples_per_row, rows):
-    batches = FitBatches(data, rows, samples_per_row, seed=0, tokens=tokens)
+@pytest.mark.parametrize('samples_per_row, prompts_per_row, rows', [(1, 1, 4), (3, 1, 2), (3, 4, 2), (100, 100, 3)])
+def test_every_answer_is_once_in_every_epoch_whole_and_with_its_reward(
+        data, tokens, samples_per_row, prompts_per_row, rows):
+    batches = FitBatches(data, rows, samples_per_row, seed=0, prompts_per_row=prompts_per_row, tokens=tokens)
     answers = tokens_of(data)
     starts = {int(answer[0]): index for index, (answer, _) in answers.items()}
     for epoch in range(2):
@@ -61,17 +65,17 @@ def test_every_answer_is_once_in_every_epoch_whole_and_with_its_reward(data, tok
         for step in range(batches.steps_per_epoch):
             batch = batches.batch(epoch * batches.steps_per_epoch + step)
             assert all(leaf.shape == batches.shape for leaf in jax.tree.leaves(batch))
-            for row, _, here in as_rows(batch):
+            for row, before, here in as_rows(batch):
                 index = starts[int(batch.tokens[row, here[0]])]
                 answer, cut = answers[index]
                 answer = answer if tokens == 'all' else answer[:cut + 1]
                 prompt = data[index].prompt
-                before = np.flatnonzero(batch.segments[row] == 0)
                 np.testing.assert_array_equal(batch.tokens[row, here], answer)
                 np.testing.assert_array_equal(batch.tokens[row, before], prompt)
                 np.testing.assert_array_equal(batch.positions[row, before], np.arange(len(prompt)))
                 np.testing.assert_array_equal(batch.positions[row, here], len(prompt) + np.arange(len(answer)))
                 np.testing.assert_array_equal(batch.rewards[row, here], np.float32(data.rewards[index]))
+                np.testing.assert_array_equal(batch.examples[row, here], data[index].example)
                 weights = np.zeros(len(answer), np.float32)
                 weights[cut:] = 1 / (len(answer) - cut)
                 np.testing.assert_array_equal(batch.weights[row, here], weights)
@@ -86,7 +90,7 @@ def test_weights_sum_to_the_number_of_answers_and_lie_on_answers_alone(data):
     for step in range(batches.steps_per_epoch):
         batch = batches.batch(step)
         assert np.sum(batch.weights) == pytest.approx(sum(1 for _ in as_rows(batch)), rel=1e-6)
-        assert not batch.weights[batch.segments <= 0].any()
+        assert not batch.weights[batch.examples < 0].any()
         total += batch.weights.sum()
     assert total == pytest.approx(len(data), rel=1e-6)
 
@@ -121,36 +125,42 @@ def test_a_cut_at_the_last_token_leaves_that_one_with_loss(tmp_path):
 def test_samples_of_an_example_share_one_copy_of_the_prompt(data):
     batches = FitBatches(data, 64, 4, seed=0)
     batch = batches.batch(0)
-    rows = [(batch.segments[row] == 0).sum() for row in range(64) if (batch.segments[row] == 0).any()]
-    assert len(rows) == sum(-(-2 * count // 4) for count in ANSWERS.values())
-    sizes = np.array([batch.segments[row].max() for row in range(len(rows))])
+    sizes = np.array([count for row in batch.answer_positions if (count := (row == 0).sum())])
     assert sizes.max() == 4 and sizes.sum() == len(data)
+    prompts = sum(len(data[index].prompt) for index in range(len(data)) if data[index].example == 9)
+    assert prompts > (batch.tokens // 10 == 9).sum() == 2 * -(-14 // 4)
     assert sorted(sizes) == sorted(len(part) for count in ANSWERS.values()
                                    for part in np.array_split(np.arange(2 * count), -(-2 * count // 4)))
 
 
 def separate_rows(batch):
     """Each answer of a batch with its prompt, as indices into its packed row."""
-    for row, segment, here in as_rows(batch):
-        yield row, np.concatenate([np.flatnonzero(batch.segments[row] == 0), here])
+    for row, before, here in as_rows(batch):
+        yield row, np.concatenate([before, here])
 
 
-def test_the_mask_lets_each_token_see_what_separate_causal_rows_would(data):
-    batch = FitBatches(data, 16, 3, seed=0).batch(0)
-    mask = np.asarray(jax.jit(attention_mask)(batch.segments, batch.positions))
+LAYOUTS = pytest.mark.parametrize('layout', [{'rows': 16, 'samples_per_row': 3},
+                                             {'rows': 4, 'samples_per_row': 3, 'prompts_per_row': 6}])
+
+
+@LAYOUTS
+def test_the_mask_lets_each_token_see_what_separate_causal_rows_would(data, layout):
+    batch = FitBatches(data, seed=0, **layout).batch(0)
+    mask = np.asarray(jax.jit(attention_mask)(batch.ends))
     expected = np.zeros_like(mask)
     for row, places in separate_rows(batch):
         for i, place in enumerate(places):
             expected[row, place, places[:i + 1]] = True
-    padding = batch.segments == packing.PADDING
+    padding = ~expected.any(axis=2)
     assert padding.any() and (padding.all(axis=1)).any()
     expected |= padding[:, :, None] & np.eye(mask.shape[1], dtype=bool)[None]
     np.testing.assert_array_equal(mask, expected)
 
 
-def test_attention_over_packed_rows_equals_attention_over_separate_rows(data):
-    batch = FitBatches(data, 16, 3, seed=0).batch(0)
-    mask = np.asarray(attention_mask(batch.segments, batch.positions))
+@LAYOUTS
+def test_attention_over_packed_rows_equals_attention_over_separate_rows(data, layout):
+    batch = FitBatches(data, seed=0, **layout).batch(0)
+    mask = np.asarray(attention_mask(batch.ends))
     inputs = np.random.default_rng(0).normal(size=(3000, 8))[batch.tokens] + batch.positions[..., None] / 10
 
     def attend(x, allowed):
@@ -163,8 +173,9 @@ def test_attention_over_packed_rows_equals_attention_over_separate_rows(data):
     assert all(np.isfinite(attend(inputs[row], mask[row])).all() for row in range(len(mask)))
 
 
-def test_parents_are_the_tokens_before_in_the_same_answer(data):
-    batch = FitBatches(data, 16, 3, seed=0).batch(0)
+@LAYOUTS
+def test_parents_are_the_tokens_before_in_the_same_answer(data, layout):
+    batch = FitBatches(data, seed=0, **layout).batch(0)
     assert ((batch.parents >= 0) & (batch.parents < batch.tokens.shape[1])).all()
     for row, places in separate_rows(batch):
         np.testing.assert_array_equal(batch.parents[row, places[1:]], places[:-1])
@@ -198,7 +209,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(data):
 def test_the_digest_tells_layouts_and_data_apart(data, tmp_path):
     variants = [
         FitBatches(data, 2, 2, 0), FitBatches(data, 4, 2, 0), FitBatches(data, 2, 3, 0), FitBatches(data, 2, 2, 1),
-        FitBatches(data, 2, 2, 0, tokens='single'), FitBatches(data, 2, 2, 0, examples=[3, 4]),
+        FitBatches(data, 2, 2, 0, prompts_per_row=2), FitBatches(data, 2, 2, 0, tokens='single'), FitBatches(data, 2, 2, 0, examples=[3, 4]),
         FitBatches(make(tmp_path, iterations=2, seed=1), 2, 2, 0)]
     assert len({batches.digest for batches in variants}) == len(variants)
 
@@ -206,13 +217,14 @@ def test_the_digest_tells_layouts_and_data_apart(data, tmp_path):
 def test_chosen_examples_alone_are_used(data):
     batches = FitBatches(data, 64, 2, seed=0, examples=np.array([4, 9, 777]))
     batch = batches.batch(0)
-    assert {int(token) // 10 for token in batch.tokens[batch.segments == 0]} == {4, 9}
+    assert {*batch.examples.ravel().tolist()} == {-1, 4, 9}
     assert batches.num_examples == 2 and batches.num_samples == 2 * (ANSWERS[4] + ANSWERS[9])
 
 
 @pytest.mark.parametrize('arguments, words', [
     ({'rows': 6, 'rows_divisible_by': 4}, 'a batch of 6 rows does not divide into 4 equal parts: make it 8'),
     ({'rows': 0}, 'a batch of 0 rows'), ({'samples_per_row': 0}, 'samples_per_row is 0'),
+    ({'prompts_per_row': 0}, 'prompts_per_row is 0'),
     ({'tokens': 'first'}, "tokens is 'first'"), ({'examples': [777]}, 'no answers to the 1 chosen prompts')])
 def test_impossible_batches_are_refused(data, arguments, words):
     with pytest.raises(ValueError, match=words):
@@ -228,6 +240,22 @@ def test_a_prompt_that_changed_is_refused(tmp_path):
     batches = FitBatches(AggregatedDataset(tmp_path, 'reward', 2), 1, 2, 0)
     with pytest.raises(ValueError, match='has another prompt than unit'):
         batches.batch(0)
+
+
+def test_prompts_of_a_row_share_what_they_begin_with(tmp_path):
+    prompts = {0: [7, 8, 1, 2], 1: [7, 8, 1, 3], 2: [7, 8], 3: [6, 8, 1], 4: [7, 8, 1, 2]}
+    writer = DatasetWriter(tmp_path)
+    writer.write_shard(1, 0, [Rollout(1, example, 0, np.array(prompt, np.int32), np.array([20 + example], np.int32),
+                                      0, True, False) for example, prompt in prompts.items()], {})
+    writer.write_labels(1, 0, 'reward', np.linspace(0, 1, 5))
+    batches = FitBatches(AggregatedDataset(tmp_path, 'reward', 1), 1, 1, 0, prompts_per_row=5, multiple=1)
+    batch = batches.batch(0)
+    # 6 8 1 · 7 8 · 1 · 2 · 3, each once, and five answers.
+    assert batches.shape == (1, 8 + 5)
+    for _, before, here in as_rows(batch):
+        example = batch.examples[0, here[0]]
+        assert batch.tokens[0, before].tolist() == prompts[example] and batch.tokens[0, here] == [20 + example]
+        assert batch.positions[0, here] == len(prompts[example])
 
 
 @pytest.mark.parametrize('fraction, count', [(0.0, 0), (0.001, 1), (0.25, 25), (0.999, 99)])

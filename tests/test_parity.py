@@ -141,8 +141,8 @@ def cached_logits(config, params, tokens, prompt):
     """Logits after each token from place `prompt` on, by prefill and cached steps."""
     reference = networks.reference(config)
     batch, length = tokens.shape
-    cache = jax.jit(reference.prefill)(
-        params, tokens[:, :prompt], jnp.full((batch,), prompt), reference.init_cache(batch, length))
+    cache = jax.jit(reference.prefill, static_argnums=4)(
+        params, tokens[:, :prompt], jnp.full((batch,), prompt), reference.init_cache(batch, length), 0)
     step, out = jax.jit(reference.step), []
     for place in range(prompt, length):
         logits, cache = step(params, tokens[:, place], jnp.full((batch,), place), cache)
@@ -208,8 +208,8 @@ def test_smollm2_greedy_continuation():
     file, params, tokenizer = smollm2()
     ids = tokenizer.encode_chat([{'role': 'user', 'content': 'Name three rivers and say where they are.'}])
     reference, start = networks.reference(file.config), len(ids)
-    cache = jax.jit(reference.prefill)(
-        params, jnp.asarray([ids[:-1]]), jnp.array([start - 1]), reference.init_cache(1, start + 32))
+    cache = jax.jit(reference.prefill, static_argnums=4)(
+        params, jnp.asarray([ids[:-1]]), jnp.array([start - 1]), reference.init_cache(1, start + 32), 0)
     step = jax.jit(reference.step)
     for _ in range(32):
         logits, cache = step(params, jnp.asarray(ids[-1:]), jnp.array([len(ids) - 1]), cache)

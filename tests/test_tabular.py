@@ -116,7 +116,7 @@ def decode_step(tree, reference, value, scores, answer, prompt, capacity=9):
     ask = jax.jit(reference.step), jax.jit(value.score)
     tokens, lengths = jnp.full((1, 6), 7, jnp.int32), jnp.array([len(tree.prompts[prompt]) - 1])
     tokens = tokens.at[0, :len(tree.prompts[prompt]) - 1].set(jnp.array(history[:lengths[0]], jnp.int32))
-    caches = [net.prefill(None, tokens, lengths, net.init_cache(1, capacity)) for net in (reference, value)]
+    caches = [net.prefill(None, tokens, lengths, net.init_cache(1, capacity), 0) for net in (reference, value)]
     candidates = jnp.arange(tree.vocab_size)[None]
     for position in range(int(lengths[0]), len(history)):
         token, length = jnp.array([history[position]]), jnp.array([position])
@@ -168,7 +168,8 @@ def test_guidance_with_exact_values_is_the_optimum(eta, temperature, top_p):
     rows = len(tree.prompts) * len(nodes)
     policy = types.Policy(
         eta=jnp.full((rows,), eta), temperature=jnp.full((rows,), temperature),
-        top_k=jnp.zeros((rows,), jnp.int32), top_p=jnp.full((rows,), top_p))
+        top_k=jnp.zeros((rows,), jnp.int32), top_p=jnp.full((rows,), top_p),
+        reference_temperature=jnp.full((rows,), temperature))
     weight = distribution.log_weight(scores[:, children], jnp.full((1, 1, 1), eta))
     log_probs = jax.jit(guidance.policy_log_probs, static_argnames=('outside', 'order'))(
         jnp.asarray(tree.logits[:, nodes], jnp.float32).reshape(rows, 3), weight.reshape(rows, 3),
@@ -196,7 +197,7 @@ def test_counting_every_answer_by_its_probability_gives_the_law():
 def test_dyadic_networks_read_the_history_and_nothing_else():
     reference, value = tabular.dyadic_reference(11), tabular.dyadic_value(2)
     tokens = jnp.array([[3, 1, 4, 9, 9], [3, 1, 4, 0, 2], [3, 1, 5, 0, 2]])
-    cache = reference.prefill(None, tokens, jnp.array([2, 2, 3]), reference.init_cache(3, 8))
+    cache = reference.prefill(None, tokens, jnp.array([2, 2, 3]), reference.init_cache(3, 8), 0)
     logits, after = reference.step(None, jnp.array([4, 4, 4]), jnp.array([2, 2, 2]), cache)
     np.testing.assert_array_equal(logits[0], logits[1])
     np.testing.assert_array_equal(logits * 4, np.round(logits * 4))

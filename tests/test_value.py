@@ -59,7 +59,7 @@ def test_packed_candidates_equal_separate_forwards(config, value_config):
     score = quick_jit(value.score)
     tokens, candidates = make_tokens((3, 9)), make_tokens((3, 4), seed=8)
     length, rows = jnp.array([4, 2, 3]), jnp.arange(3)
-    cache = quick_jit(value.prefill)(params, tokens[:, :4], length, value.init_cache(3, 10))
+    cache = quick_jit(functools.partial(value.prefill, start=0))(params, tokens[:, :4], length, value.init_cache(3, 10))
     for _ in range(3):
         scores, cache = score(params, tokens[rows, length], candidates, length, cache)
         for slot in range(4):
@@ -79,7 +79,7 @@ def test_candidates_may_come_in_chunks_of_any_order(value_config):
     value = networks.value(TINY, value_config)
     score = quick_jit(value.score)
     tokens, candidates, length = make_tokens((2, 4)), make_tokens((2, 6), seed=8), jnp.array([3, 2])
-    cache = quick_jit(value.prefill)(params, tokens[:, :3], length, value.init_cache(2, 6))
+    cache = quick_jit(functools.partial(value.prefill, start=0))(params, tokens[:, :3], length, value.init_cache(2, 6))
     whole, _ = score(params, tokens[:, 3], candidates, length, cache)
     first, cache = score(params, tokens[:, 3], candidates[:, 3:], length, cache)
     second, _ = score(params, tokens[:, 3], candidates[:, :3], length, cache)
@@ -92,7 +92,7 @@ def test_reference_step_equals_full_forward():
     tokens, length, rows = make_tokens((3, 9)), jnp.array([1, 4, 3]), jnp.arange(3)
     mask, step = transformer.causal_mask(9), quick_jit(reference.step)
     expected = np.asarray(networks.reference_logits(TINY, params, tokens, positions_of(tokens), mask))
-    cache = quick_jit(reference.prefill)(params, tokens[:, :4], length, reference.init_cache(3, 9))
+    cache = quick_jit(functools.partial(reference.prefill, start=0))(params, tokens[:, :4], length, reference.init_cache(3, 9))
     for _ in range(4):
         logits, cache = step(params, tokens[rows, length], length, cache)
         assert logits.dtype == jnp.float32

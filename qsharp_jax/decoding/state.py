@@ -76,10 +76,13 @@ def unit_keys(seed: int, iteration: int, stage: str, examples: Array, samples: A
     return jax.vmap(key)(examples, samples)
 
 
-@functools.partial(jax.jit, static_argnames=('reference', 'value', 'buffer'))
+@functools.partial(jax.jit, static_argnames=('reference', 'value', 'buffer', 'shared'))
 def start(reference: Reference, value: Value | None, reference_params: Params, value_params: Params,
-          prompts: Array, lengths: Array, rows: Array, keys: Array, limit: Array, buffer: int) -> DecodeState:
-    """Returns the state before the first token, each distinct prompt prefilled once for all of its rows.
+          prompts: Array, lengths: Array, rows: Array, keys: Array, limit: Array, buffer: int,
+          shared: int = 0) -> DecodeState:
+    """Returns the state before the first token.
+
+    Each distinct prompt is prefilled once for all of its rows, and what they all begin with once for all of them.
 
     On a mesh every array of the state is split by rows, as `rows` is.
 
@@ -94,6 +97,7 @@ def start(reference: Reference, value: Value | None, reference_params: Params, v
       keys: one per row, from `unit_keys`.  # [B]
       limit: most tokens of each answer; 0 makes a row that never runs (padding).  # [B] int32
       buffer: T, size of the answer buffer; no limit may exceed it.
+      shared: number of leading tokens that are the same in every prompt; less than the shortest prompt.
     """
     unique, width = prompts.shape
     capacity = width + buffer
@@ -101,7 +105,12 @@ def start(reference: Reference, value: Value | None, reference_params: Params, v
     before = lengths - 1
 
     def filled(network: Reference | Value, params: Params) -> Cache:
-        cache = network.prefill(params, prompts, before, network.init_cache(unique, capacity))
+        if shared:
+            once = network.prefill(params, prompts[:1, :shared], jnp.full(1, shared), network.init_cache(1, capacity), 0)
+            cache = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (unique, *leaf.shape[1:])), once)
+        else:
+            cache = network.init_cache(unique, capacity)
+        cache = network.prefill(params, prompts[:, shared:], before - shared, cache, shared)
         return jax.tree.map(lambda leaf: leaf[rows], cache)
 
     batch = rows.shape[0]

@@ -124,9 +124,7 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
     active = state.active
     logits, reference_cache = reference.step(reference_params, state.pending, state.length, state.reference_cache)
     sampler = guidance.sampler_log_probs(logits, policy)
-    # KL is taken to the softmax at the row's own temperature; at temperature 0 that is no distribution to compare
-    # with, and the reference at temperature 1 stands in.
-    untruncated = guidance.reference_log_probs(logits, jnp.where(policy.temperature > 0, policy.temperature, 1.0))
+    untruncated = guidance.reference_log_probs(logits, policy.reference_temperature)
     value_cache, values = state.value_cache, state.values
     if how.value is None:
         log_probs = sampler

@@ -31,8 +31,8 @@ def value(config: TransformerConfig, value_config: ValueConfig) -> Value:
     trunk = value_lib.trunk_config(value_config, config)
     q_type = value_config.kind == 'q'
 
-    def prefill(params: Params, tokens: Array, lengths: Array, cache: KVCache) -> KVCache:
-        return _prefill(trunk, params['trunk'], tokens, lengths, cache)
+    def prefill(params: Params, tokens: Array, lengths: Array, cache: KVCache, start: int) -> KVCache:
+        return _prefill(trunk, params['trunk'], tokens, lengths, cache, start)
 
     def score(
         params: Params, root: Array, candidates: Array, length: Array, cache: KVCache,
@@ -99,13 +99,15 @@ def candidate_mask(count: int) -> Array:
 
 
 def _prefill(
-    config: TransformerConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache,
+    config: TransformerConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache, start: int,
 ) -> KVCache:
-    """Returns the cache with the prompts in it; padding lands in slots at or beyond `lengths`, never read."""
+    """Returns the cache with the tokens in it; padding lands in slots behind the tokens, never read."""
+    del lengths
     batch, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
+    positions = jnp.broadcast_to(start + jnp.arange(length)[None], (batch, length))
+    held = jnp.full(batch, start) if start else None
     mask = transformer.causal_mask(length)
-    _, filled = transformer.extend(config, params, cache, None, tokens, positions, mask, commit=length)
+    _, filled = transformer.extend(config, params, cache, held, tokens, positions, mask, commit=length)
     return filled
 
 

@@ -121,7 +121,7 @@ def frontier(rows: Sequence[Row], split: str) -> list[str]:
         return []
     last = max(row['iteration'] for row in guided)
     points = [row for row in guided if row['iteration'] == last]
-    start = max(plain, key=lambda row: row['temperature'])
+    start = min(plain, key=lambda row: row['kl'])
     others: dict[str, list[Row]] = {}
     for row in shown:
         if row is not start and (row['method'], row['iteration']) != ('qsharp', last):
