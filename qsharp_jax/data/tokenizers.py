@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE rebuilt from GGUF metadata, and closed vocabularies.
+"""Text to token ids and back: byte-pair encodings of published models, and closed vocabularies.
 
 Prompts are tokenised once, in one place, and answers live as ids; nothing is ever decoded and encoded again.
 """
@@ -8,39 +8,53 @@ import abc
 from collections.abc import Mapping, Sequence
 import hashlib
 import json
+from pathlib import Path
 import re
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-# How each family cuts text before the merges, by the name that GGUF gives it.
+from qsharp_jax.data import chat_templates
+
+# How Llama 3 and Qwen cut text before the merges; they differ in how many digits stay together.
+_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r'|\s+(?!\S)|\s+')
+# The same by the name that GGUF gives it.
 PRE_TOKENIZERS = {
     'smollm': lambda: pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]),
+    'gpt-2': lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    'llama-bpe': lambda: _split(_WORDS % r'\p{N}{1,3}'),
+    'qwen2': lambda: _split(_WORDS % r'\p{N}'),
 }
+# Those that take a word that is a token whole, whatever the merges say; whose texts begin with BOS unless the file says
+# otherwise; and that compose characters first.
+IGNORE_MERGES = BOS_FIRST = frozenset({'llama-bpe'})
+COMPOSED = frozenset({'qwen2'})
 # Control tokens that end a text whatever the metadata name as its end: a model may have learned several.
-END_TOKENS = frozenset({'<|endoftext|>', '<|im_end|>', '<|eot_id|>', '<|end_of_text|>', '</s>'})
-CONTROL, USER_DEFINED = 3, 4  # token types of the GGUF format
+END_TOKENS = frozenset({
+    '<|endoftext|>', '<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<|end_of_text|>', '</s>', '<end_of_turn>'})
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types of the GGUF format
 
 
 class Tokenizer(abc.ABC):
     """Text to ids and back.
 
     Attributes:
-      vocab_size: number of ids.
+      vocab_size: one more than the greatest id.
       eos_ids: every id that ends a text.
-      bos_id: the id that begins a text, or None. Never added on its own.
+      bos_id: the id that begins a text, or None.
+      bos_first: whether a plain prompt begins with `bos_id`; a chat template writes it itself where it is wanted.
       fingerprint: hash of everything that ids depend on.
     """
 
     vocab_size: int
     eos_ids: frozenset[int]
     bos_id: int | None
+    bos_first: bool = False
     fingerprint: str
 
     @abc.abstractmethod
@@ -59,6 +73,13 @@ class Tokenizer(abc.ABC):
           messages: turns with 'role' and 'content'.
         """
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids of a text that a model goes on from: `encode`, and BOS in front, once, if it wants one."""
+        ids = self.encode(text)
+        if self.bos_first and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns the text of each id alone; a part of a character of several bytes is a replacement mark."""
         return [self.decode([token]) for token in ids]
@@ -76,18 +97,21 @@ class Tokenizer(abc.ABC):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding with a chat template."""
+    """Byte-pair encoding, or whatever else `tokenizers` reads from a tokenizer.json, with a chat template."""
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_ids: frozenset[int], bos_id: int | None,
-                 eos_id: int, chat_template: str | None) -> None:
+                 names: Mapping[str, str], chat_template: str | None, bos_first: bool = False) -> None:
+        """`names` are the texts of special tokens as a template knows them, such as 'eos_token'."""
         self.backend = backend
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_ids = eos_ids
         self.bos_id = bos_id
-        self.fingerprint = _fingerprint(json.loads(backend.to_str()))
-        self._names = {'bos_token': '' if bos_id is None else backend.id_to_token(bos_id),
-                       'eos_token': backend.id_to_token(eos_id)}
-        self._template = None if chat_template is None else _environment().from_string(chat_template)
+        self.bos_first = bos_first
+        self.chat_template = chat_template
+        self.names = dict(names)
+        self.content = json.loads(backend.to_str())
+        self.fingerprint = _fingerprint([self.content, 'bos first'] if bos_first else self.content)
+        self._template = None if chat_template is None else chat_templates.compiled(chat_template)
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -104,7 +128,7 @@ class BPETokenizer(Tokenizer):
         if self._template is None:
             raise ValueError('This tokenizer has no chat template. Set task.chat to False.')
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._names)
+            return self._template.render(messages=messages, add_generation_prompt=True, **self.names)
         except jinja2.TemplateError as error:
             raise ValueError(f'The chat template refuses these messages: {error}') from error
 
@@ -192,39 +216,106 @@ def from_gguf(metadata: Mapping[str, Any]) -> BPETokenizer:
 
     kind, pre = read('ggml.model'), read('ggml.pre')
     if kind != 'gpt2':
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; allowed: 'gpt2' (byte-level BPE).")
+        raise ValueError(f"tokenizer.ggml.model is {kind!r}; allowed: 'gpt2' (byte-level BPE). Of the others a GGUF file "
+                         'leaves out the merges, which are only in the tokenizer.json that the model was published with: '
+                         'give its Hugging Face folder instead.')
     if pre not in PRE_TOKENIZERS:
         raise ValueError(f'tokenizer.ggml.pre is {pre!r}; allowed: {", ".join(PRE_TOKENIZERS)}.')
     tokens, types = read('ggml.tokens'), read('ggml.token_type')
+    while types and types[-1] == UNUSED:  # rows that pad the model's vocabulary
+        tokens, types = tokens[:-1], types[:-1]
     merges = [tuple(merge.split(' ')) for merge in read('ggml.merges')]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in IGNORE_MERGES))
+    if pre in COMPOSED:
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, types) if kind == CONTROL]
     backend.add_special_tokens([_whole(token) for token in control])
     backend.add_tokens([_whole(token) for token, kind in zip(tokens, types) if kind == USER_DEFINED])
-    eos_id = read('ggml.eos_token_id')
-    ends = {vocabulary[token] for token in control if token in END_TOKENS}
-    return BPETokenizer(
-        backend, frozenset(ends | {eos_id}), bos_id=metadata.get('tokenizer.ggml.bos_token_id'),
-        eos_id=eos_id, chat_template=metadata.get('tokenizer.chat_template'))
+    eos_id, bos_id = read('ggml.eos_token_id'), metadata.get('tokenizer.ggml.bos_token_id')
+    ends = {vocabulary[token] for token in control if token in END_TOKENS} | {eos_id}
+    ends |= {metadata[f'tokenizer.ggml.{name}'] for name in ('eot_token_id', 'eom_token_id')
+             if f'tokenizer.ggml.{name}' in metadata}
+    bos_first = metadata.get('tokenizer.ggml.add_bos_token', pre in BOS_FIRST)
+    names = {'bos_token': '' if bos_id is None else tokens[bos_id], 'eos_token': tokens[eos_id]}
+    return BPETokenizer(backend, frozenset(ends), bos_id, names, metadata.get('tokenizer.chat_template'),
+                        bos_first=bool(bos_first) and bos_id is not None)
+
+
+def from_folder(path: Path) -> BPETokenizer:
+    """Returns the tokenizer of a Hugging Face folder: tokenizer.json, with what the files beside it say.
+
+    A text ends at the tokenizer's end token and at every `eos_token_id` of generation_config.json, or of config.json
+    where there is none. A plain prompt begins with BOS if tokenizer.json puts it there.
+
+    Raises:
+      ValueError: a file is missing or damaged, or tokenizer.json adds other tokens than BOS to a text.
+    """
+    file = path / 'tokenizer.json'
+    if not file.is_file():
+        raise ValueError(f'{path} has no tokenizer.json; other files of tokenizers are not read. Load it with '
+                         'transformers.AutoTokenizer and save it with save_pretrained.')
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f'{file} is damaged, or newer than the package tokenizers: {error}') from error
+    backend.no_truncation()
+    backend.no_padding()
+    said = {**_read_json(path / 'special_tokens_map.json'), **_read_json(path / 'tokenizer_config.json')}
+    names = {name: entry['content'] if isinstance(entry, Mapping) else entry for name, entry in said.items()
+             if name.endswith('_token') and isinstance(entry, (str, Mapping))}
+    ids = {name: backend.token_to_id(text) for name, text in names.items()}
+    unknown = [name for name in ('bos_token', 'eos_token') if name in names and ids[name] is None]
+    if unknown:
+        raise ValueError(f'{path}: tokenizer_config.json names {names[unknown[0]]!r} as {unknown[0]}, and tokenizer.json '
+                         'has no such token.')
+    generation = path / 'generation_config.json'
+    ends = _read_json(generation if generation.is_file() else path / 'config.json').get('eos_token_id')
+    eos_ids = {int(end) for end in ends} if isinstance(ends, list) else set() if ends is None else {int(ends)}
+    if 'eos_token' in ids:
+        eos_ids.add(ids['eos_token'])
+    added, bos_id = backend.encode('', add_special_tokens=True).ids, ids.get('bos_token')
+    if added and (len(added) > 1 or bos_id not in (None, added[0])):
+        raise ValueError(f'{file} adds {[backend.id_to_token(token) for token in added]} to a text; only BOS in front is '
+                         'supported.')
+    return BPETokenizer(backend, frozenset(eos_ids), added[0] if added else bos_id, {'bos_token': '', **names},
+                        _chat_template(path, said), bos_first=bool(added))
+
+
+def _chat_template(path: Path, said: Mapping[str, Any]) -> str | None:
+    """Returns the default chat template of a folder: its own file, or one in tokenizer_config.json."""
+    file = path / 'chat_template.jinja'
+    if file.is_file():
+        return file.read_text(encoding='utf-8')
+    template = said.get('chat_template')
+    if isinstance(template, list):  # several, by name
+        template = {entry['name']: entry['template'] for entry in template}.get('default')
+    return template
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns what a file of a folder holds; nothing if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged: it is no JSON ({error}).') from error
+    if not isinstance(found, dict):
+        raise ValueError(f'{path} is damaged: it holds no JSON object.')
+    return found
+
+
+def _split(pattern: str) -> pre_tokenizers.Sequence:
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _whole(token: str) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(token, normalized=False, special=True)
-
-
-def _environment() -> jinja2.Environment:
-    """Returns the environment chat templates are written for: sandboxed, as they come with the weights."""
-    def refuse(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-    environment.globals['raise_exception'] = refuse
-    environment.filters['tojson'] = lambda value: json.dumps(value, ensure_ascii=False)
-    return environment
 
 
 def _fingerprint(content: Any) -> str:

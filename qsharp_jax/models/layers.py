@@ -20,7 +20,7 @@ from qsharp_jax.types import Array
 NORMS = ('rmsnorm', 'layernorm')
 POSITIONS = ('rope', 'learned')
 ACTIVATIONS = ('silu', 'gelu_tanh')
-ROPE_SCALINGS = ('linear', 'llama3')
+ROPE_SCALINGS = ('linear', 'llama3', 'factors')
 HIDDEN = -1e30  # the score of a key that is not seen: finite, so that no row makes NaN
 SIZES = ('vocab_size', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp_width', 'max_positions')
 
@@ -31,19 +31,21 @@ class RopeScaling:
 
     Attributes:
       kind: 'linear' divides every frequency by `factor`; 'llama3' divides the slow ones, keeps the fast ones
-        and blends between them.
-      factor: the stretch.
+        and blends between them; 'factors' divides each by its own.
+      factor: the stretch of 'linear' and 'llama3'.
       low_freq_factor: 'llama3' only; waves longer than original_max_positions / low_freq_factor are
         stretched.
       high_freq_factor: 'llama3' only; waves shorter than original_max_positions / high_freq_factor are kept.
       original_max_positions: 'llama3' only; the context length before stretching.
+      factors: 'factors' only; one for each frequency, Dh / 2.
     """
 
     kind: str
-    factor: float
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice('rope_scaling.kind', self.kind, ROPE_SCALINGS)
@@ -76,6 +78,14 @@ class TransformerConfig:
       restart_layer: before this layer (0: nowhere) the stream is replaced by its own norm plus the norm of the
         token's embedding, so that the layers from there on see prediction and token at one scale.
       qk_norm: RMSNorm of each query and key head before the rotation.
+      norm_offset: added to the scale of RMSNorm; 1 where a family stores scales as their distance from 1.
+      output_norms: a norm of what attention and the feed-forward network give, before it is added to the stream.
+      embedding_scale: multiplies the token embeddings.
+      query_scale: multiplies attention scores; None for Dh ** -0.5.
+      logit_cap: logits are cap * tanh(logits / cap); 0 leaves them as they are.
+      layer_windows: for each layer how many positions a token sees, its own included; 0 for all. Empty: all layers see
+        all.
+      local_rope_base: wavelength base, without stretch, of the layers with a window; 0 for that of the others.
       dtype: of the computation; norms, softmax and logits are float32 always.
       param_dtype: of freshly initialised parameters.
       remat: recompute each block in the backward pass instead of storing its activations.
@@ -102,6 +112,13 @@ class TransformerConfig:
     tied_embeddings: bool = True
     restart_layer: int = 0
     qk_norm: bool = False
+    norm_offset: float = 0.0
+    output_norms: bool = False
+    embedding_scale: float = 1.0
+    query_scale: float | None = None
+    logit_cap: float = 0.0
+    layer_windows: tuple[int, ...] = ()
+    local_rope_base: float = 0.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = False
@@ -119,15 +136,32 @@ class TransformerConfig:
             raise ValueError(f'head_dim is {self.head_dim}; rotary positions need an even head_dim.')
         if self.rope_scaling is not None and self.positions != 'rope':
             raise ValueError("rope_scaling needs positions='rope'.")
+        factors = () if self.rope_scaling is None else self.rope_scaling.factors
+        if self.rope_scaling is not None and len(factors) != self.head_dim // 2 * (self.rope_scaling.kind == 'factors'):
+            raise ValueError(f"rope_scaling.factors has {len(factors)} numbers; kind 'factors' needs head_dim / 2 = "
+                             f'{self.head_dim // 2} of them, other kinds none.')
+        if self.layer_windows and len(self.layer_windows) != self.layers:
+            raise ValueError(f'layer_windows has {len(self.layer_windows)} numbers; it needs one for each of the '
+                             f'{self.layers} layers, or none.')
+        if min(self.layer_windows, default=0) < 0:
+            raise ValueError(f'layer_windows has {min(self.layer_windows)}; a window is 0 (all) or more.')
+
+    def window(self, layer: int) -> int:
+        """Returns how many positions a token sees in this layer; 0 for all."""
+        return self.layer_windows[layer] if self.layer_windows else 0
 
 
-def rope_frequencies(config: TransformerConfig) -> np.ndarray:
-    """Returns the rotary frequencies in radians a position. # [Dh / 2]"""
+def rope_frequencies(config: TransformerConfig, windowed: bool = False) -> np.ndarray:
+    """Returns the rotary frequencies in radians a position, of layers with or without a window. # [Dh / 2]"""
     half = config.head_dim // 2
-    frequencies = config.rope_base ** -(np.arange(half, dtype=np.float64) / half)
-    scaling = config.rope_scaling
+    local = windowed and config.local_rope_base > 0
+    base = config.local_rope_base if local else config.rope_base
+    frequencies = base ** -(np.arange(half, dtype=np.float64) / half)
+    scaling = None if local else config.rope_scaling
     if scaling is None:
         return frequencies.astype(np.float32)
+    if scaling.kind == 'factors':
+        return (frequencies / np.asarray(scaling.factors)).astype(np.float32)
     if scaling.kind == 'linear':
         return (frequencies / scaling.factor).astype(np.float32)
     turns = scaling.original_max_positions * frequencies / (2 * np.pi)
@@ -146,12 +180,13 @@ class Norm(nn.Module):
     def __call__(self, x: Array) -> Array:
         config = self.config
         size, axes, dtype = (x.shape[-1],), (self.axis,), config.param_dtype
-        scale = parameter(self, 'scale', nn.initializers.ones_init(), axes, size, dtype)
+        draw = nn.initializers.constant(1.0 - config.norm_offset)
+        scale = parameter(self, 'scale', draw, axes, size, dtype)
         wide = x.astype(jnp.float32)
         if config.norm == 'layernorm':
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
-        wide = wide * _rows(scale.astype(jnp.float32), wide)
+        wide = wide * _rows(scale.astype(jnp.float32) + config.norm_offset, wide)
         if config.norm == 'layernorm':
             bias = parameter(self, 'bias', nn.initializers.zeros_init(), axes, size, dtype)
             wide = wide + _rows(bias.astype(jnp.float32), wide)
@@ -199,7 +234,7 @@ class Attention(nn.Module):
         rotation: tuple[Array, Array] | None,  # cos and sin, [B, T, 1, Dh / 2]
         block_mask: Array,  # [B, T, T]
         cached: tuple[Array, Array] | None,  # [B, Hkv, Dh, S], [B, Hkv, S, Dh]
-        cache_mask: Array | None,  # [B, S]
+        cache_mask: Array | None,  # [B, 1 or T, S]
     ) -> tuple[Array, Array, Array]:
         config = self.config
         width, head_dim = config.width, config.head_dim
@@ -218,7 +253,7 @@ class Attention(nn.Module):
         if rotation is not None:
             query, key = _rotate(query, *rotation), _rotate(key, *rotation)
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-        mixed = attend(query, key, value, block_mask, cached, cache_mask)
+        mixed = attend(query, key, value, block_mask, cached, cache_mask, config.query_scale)
         axes = 'heads', 'head_dim', 'embed'
         inputs = config.heads, head_dim
         output = Linear(config, inputs, (width,), axes, config.out_bias, out_scale, name='output')(mixed)
@@ -245,7 +280,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Attention and feed-forward, each with a norm before and, by `output_norms`, behind it, added to the stream."""
 
     config: TransformerConfig
 
@@ -262,9 +297,13 @@ class Block(nn.Module):
         normed = Norm(config, name='attention_norm')(x)
         attention = Attention(config, name='attention')
         mixed, key, value = attention(normed, rotation, block_mask, cached, cache_mask)
+        if config.output_norms:
+            mixed = Norm(config, name='attention_output_norm')(mixed)
         x = x + mixed
-        x = x + MLP(config, name='mlp')(Norm(config, name='mlp_norm')(x))
-        return x, key, value
+        fed = MLP(config, name='mlp')(Norm(config, name='mlp_norm')(x))
+        if config.output_norms:
+            fed = Norm(config, name='mlp_output_norm')(fed)
+        return x + fed, key, value
 
 
 def attend(
@@ -273,7 +312,8 @@ def attend(
     value: Array,  # [B, Hkv, T, Dh]
     block_mask: Array,  # [B, T, T]
     cached: tuple[Array, Array] | None,  # [B, Hkv, Dh, S], [B, Hkv, S, Dh]
-    cache_mask: Array | None,  # [B, S]
+    cache_mask: Array | None,  # [B, 1 or T, S]
+    scale: float | None = None,  # of the scores; None: Dh ** -0.5
 ) -> Array:
     """Returns the mixed values [B, T, H, Dh] of one softmax over cached and new keys together.
 
@@ -283,11 +323,11 @@ def attend(
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
-    grouped = (query * head_dim ** -0.5).reshape(batch, length, kv_heads, groups, head_dim)
+    grouped = (query * (head_dim ** -0.5 if scale is None else scale)).reshape(batch, length, kv_heads, groups, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
     parts = [(key, value, block_mask[:, None, None])]
     if cached is not None and cache_mask is not None:
-        parts.append((*cached, cache_mask[:, None, None, None]))
+        parts.append((*cached, cache_mask[:, None, None]))
     scores = []
     for keys, _, mask in parts:
         score = jnp.matmul(grouped, keys, preferred_element_type=jnp.float32)

@@ -91,24 +91,25 @@ class Transformer(nn.Module):
     ) -> tuple[Array, KVCache | None]:
         config = self.config
         x = jnp.take(self.embedding, tokens, axis=0, mode='clip').astype(config.dtype)
-        rotation = None
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, config.dtype)
         if config.positions == 'learned':
             x = x + jnp.take(self.position_embedding, positions, axis=0, mode='clip').astype(config.dtype)
-        else:
-            frequencies = rope_frequencies(config)[None, None, None]
-            angles = positions[..., None, None].astype(jnp.float32) * frequencies
-            rotation = jnp.cos(angles), jnp.sin(angles)
         block_mask = jnp.broadcast_to(block_mask, (tokens.shape[0], *block_mask.shape[-2:]))
         cache_mask = None
         if cache is not None and cache_length is not None:
-            cache_mask = jnp.arange(cache.capacity)[None] < cache_length[:, None]
+            cache_mask = (jnp.arange(cache.capacity)[None] < cache_length[:, None])[:, None]
+        # What layers of one window share: how tokens are rotated, and which of them see which.
+        shared = {window: (_rotation(config, positions, window > 0), *_within(window, positions, block_mask, cache_mask))
+                  for window in sorted({config.window(index) for index in range(config.layers)})}
         keys, values = [], []
         embedded = x
         for index, layer in enumerate(self.layers):
             if config.restart_layer and index == config.restart_layer:
                 x = self.restart_norm(x) + self.restart_token_norm(embedded)
             old = None if cache is None else (cache.keys[index], cache.values[index])
-            x, key, value = layer(x, rotation, block_mask, None if cache_mask is None else old, cache_mask)
+            rotation, seen, cache_seen = shared[config.window(index)]
+            x, key, value = layer(x, rotation, seen, None if cache_seen is None else old, cache_seen)
             if old is not None:
                 keys.append(_write(old[0], key[..., :commit], cache_length, axis=3))
                 values.append(_write(old[1], value[:, :, :commit], cache_length, axis=2))
@@ -120,6 +121,8 @@ class Transformer(nn.Module):
         dtype = self.config.dtype
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
         scores = jnp.matmul(flat, table.astype(dtype).T, preferred_element_type=jnp.float32)
+        if self.config.logit_cap:
+            scores = self.config.logit_cap * jnp.tanh(scores / self.config.logit_cap)
         return scores.reshape(*hidden.shape[:-1], table.shape[0])
 
 
@@ -212,6 +215,28 @@ def count_params(params: Params) -> int:
 def _boxed_init(key: Array, config: TransformerConfig) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
     return Transformer(config).init(key, tokens, tokens, causal_mask(1), None, None, 0)['params']
+
+
+def _rotation(config: TransformerConfig, positions: Array, windowed: bool) -> tuple[Array, Array] | None:
+    """Returns cos and sin of each position's angles, [B, T, 1, Dh / 2], or None for learned positions."""
+    if config.positions == 'learned':
+        return None
+    frequencies = rope_frequencies(config, windowed)[None, None, None]
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _within(
+    window: int, positions: Array, block_mask: Array, cache_mask: Array | None,
+) -> tuple[Array, Array | None]:
+    """Returns the masks of new tokens [B, T, T] and cached ones [B, 1 or T, S] for a window; 0 changes nothing."""
+    if not window:
+        return block_mask, cache_mask
+    block_mask = block_mask & (positions[:, :, None] - positions[:, None] < window)
+    if cache_mask is not None:
+        slots = jnp.arange(cache_mask.shape[-1])[None, None]
+        cache_mask = cache_mask & (positions[:, :, None] - slots < window)
+    return block_mask, cache_mask
 
 
 def _write(array: Array, new: Array, start: Array | None, axis: int) -> Array:

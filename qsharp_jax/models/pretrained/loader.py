@@ -1,0 +1,143 @@
+"""From a file into shards: one stored tensor at a time, and of it only what each device keeps."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from qsharp_jax.models.families import Family, Format, Weight
+from qsharp_jax.models.transformer import TransformerConfig
+from qsharp_jax.types import Array, Params
+
+
+class Stored(Protocol):
+    """One tensor of a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, slowest axis first."""
+
+    def problem(self) -> str:
+        """Returns what keeps it from being read, '' if nothing does."""
+
+    def read(self, dtype: np.dtype[Any]) -> np.ndarray:
+        """Returns it as it is stored, mapped from the file, or converted to `dtype` where it is quantised."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The head of a checkpoint, checked against the family it says it is of: everything but the numbers.
+
+    Attributes:
+      path: the file or the folder.
+      files: all that the weights and the shape are read from.
+      family: how it is read.
+      tensor_format: how its tensors are named and laid out.
+      config: the shape of the model.
+      weights: where each of our parameters is in it.
+      tensors: what it stores, by name.
+      metadata: of a GGUF file everything it says about itself, the tokenizer included; of a folder its config.json.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    family: Family
+    tensor_format: Format
+    config: TransformerConfig
+    weights: tuple[Weight, ...]
+    tensors: Mapping[str, Any]
+    metadata: dict[str, Any]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The SHA-256 of its file, or of the hashes of its files, in hexadecimal."""
+        digests = []
+        for path in self.files:
+            with path.open('rb') as stream:
+                digests.append(hashlib.file_digest(stream, 'sha256').hexdigest())
+        return digests[0] if len(digests) == 1 else hashlib.sha256(' '.join(digests).encode()).hexdigest()
+
+
+def match(source: Path, family: Family, tensor_format: Format, config: TransformerConfig,
+          tensors: Mapping[str, Stored]) -> tuple[Weight, ...]:
+    """Returns where each parameter of `config` is among the stored tensors.
+
+    Raises:
+      ValueError: naming the tensor that is missing, unexpected, of the wrong shape or not readable, and the family.
+    """
+    weights = tensor_format.weights(config)
+    plain = tensor_format.prefix
+    if plain and not any(name.startswith(plain) for name in tensors):  # a checkpoint of the base model
+        weights = [dataclasses.replace(weight, name=weight.name.removeprefix(plain)) for weight in weights]
+    needed = {weight.name: weight for weight in weights}
+    what = f'{source} ({family.name})'
+    missing = [name for name in needed if name not in tensors]
+    # A head beside tied embeddings is the embeddings again.
+    repeated = {tensor_format.names['head']} if config.tied_embeddings else set()
+    extra = sorted(name for name in tensors
+                   if name not in needed and name not in repeated and not tensor_format.is_ignored(name))
+    if missing:
+        raise ValueError(f'{what} lacks the tensor {missing[0]!r} ({len(missing)} are missing).')
+    if extra:
+        raise ValueError(f'{what} has a tensor {extra[0]!r} that this architecture does not use ({len(extra)} are '
+                         'unexpected).')
+    for name, weight in needed.items():
+        if tuple(tensors[name].shape) != weight.stored_shape:
+            raise ValueError(f'{what}: the tensor {name!r} has shape {tuple(tensors[name].shape)}; the metadata imply '
+                             f'{weight.stored_shape}.')
+        problem = tensors[name].problem()
+        if problem:
+            raise ValueError(f'{what}: the tensor {name!r} {problem}')
+    return tuple(weights)
+
+
+def load_params(checkpoint: Checkpoint, shardings: Params = None, dtype: Any = np.float32,
+                wanted: Callable[[tuple[str, ...]], bool] = lambda path: True) -> Params:
+    """Returns the parameters of `transformer.hidden_states` for `checkpoint.config`.
+
+    At no time does the host hold more than one tensor beside what the devices keep, and of a tensor that is not
+    quantised only the part of one device.
+
+    Args:
+      checkpoint: from `open_checkpoint`, which has checked all of it.
+      shardings: a tree like the parameters that are wanted; None for NumPy arrays on the host.
+      dtype: of the parameters.
+      wanted: whether a parameter, by its keys, is read at all.
+    """
+    params: dict[str, Any] = {}
+    for weight in checkpoint.weights:
+        if not wanted(weight.path):
+            continue
+        *keys, last = weight.path
+        place, sharding = params, shardings
+        for key in keys:
+            place = place.setdefault(key, {})
+            sharding = None if shardings is None else sharding[key]
+        ours = weight.read(checkpoint.tensors[weight.name].read(np.dtype(dtype)))
+        place[last] = _own(ours, dtype) if shardings is None else put(ours, sharding[last], dtype)
+    return params
+
+
+def put(array: np.ndarray, sharding: jax.sharding.Sharding, dtype: Any) -> Array:
+    """Returns `array` on the devices in `dtype`; the host copies the part of one device at a time."""
+    parts: list[Array] = []
+    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+        # A copy, never the mapped file: what lies there must not change under a running program.
+        part = jax.device_put(_own(array[index], dtype), device)
+        parts.append(part.block_until_ready())
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
+def _own(array: np.ndarray, dtype: Any) -> np.ndarray:
+    return np.array(array, dtype, order='C', copy=True)
+
+
+def named(names: Sequence[str]) -> str:
+    """Returns names as a text for an error."""
+    return ', '.join(repr(name) for name in names)
