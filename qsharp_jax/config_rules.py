@@ -13,7 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     'reference.pretrain.optimizer': ('adamw', 'muon'),
     'reference.pretrain.schedule': ('constant', 'cosine'),
     'value.type': ('v', 'q'),
-    'value.init': ('truncate', 'reference', 'scratch'),
+    'value.init': ('truncate', 'reference', 'pretrained', 'scratch'),
     'value.extra_input': ('stream', 'restart'),
     'value.head_init': ('zero', 'normal', 'lm_head'),
     'value.head': ('bernoulli', 'categorical', 'mse'),
@@ -160,9 +160,16 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     elif keys['guidance.outside'] == 'zero' and keys['value.v_min'] < 0:
         yield (f"config.guidance.outside is 'zero', which needs rewards of at least 0, and config.value.v_min is "
                f"{keys['value.v_min']:g}: choose 'mean', 'min', 'remove' or 'soft_bellman', or shift the reward.")
-    if (keys['value.init'] == 'reference') != (keys['value.layers'] == 0):
+    if (keys['value.init'] in ('reference', 'pretrained')) != (keys['value.layers'] == 0):
         yield (f"config.value.init is {keys['value.init']!r} and config.value.layers is {keys['value.layers']}: "
-               "'reference' copies every layer and takes 0; 'truncate' and 'scratch' need a number of layers.")
+               "'reference' and 'pretrained' copy every layer and take 0; 'truncate' and 'scratch' need a number of "
+               'layers.')
+    if keys['value.init'] == 'pretrained' and not keys['value.source']:
+        yield ("config.value.init is 'pretrained', and config.value.source names no checkpoint: name one, or use "
+               "'reference'.")
+    if keys['value.init'] == 'reference' and keys['value.source']:
+        yield (f"config.value.init is 'reference', and config.value.source is {keys['value.source']!r}: use "
+               "'pretrained' to copy that checkpoint, or ''.")
     if keys['value.head_init'] == 'lm_head' and keys['value.type'] != 'q':
         yield "config.value.head_init is 'lm_head', which only config.value.type 'q' has; choose 'zero' or 'normal'."
     if keys['guidance.outside'] == 'soft_bellman' and keys['value.type'] == 'q':

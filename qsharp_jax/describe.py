@@ -28,7 +28,7 @@ def run(parts: Experiment) -> str:
     sizes = ', '.join(f'{axis}={size}' for axis, size in parts.mesh.shape.items())
     first = prompts.tokens[0]
     reference, fitted = _shapes(parts)
-    layers = value_lib.trunk_config(parts.value_config, parts.reference_config).layers
+    layers = value_lib.trunk_config(parts.value_config, parts.value_shape).layers
     return '\n'.join([
         f'devices    {parts.mesh.size} ({jax.devices()[0].platform}), mesh {sizes}',
         f'reference  {parts.config.reference.source}: {_count(reference)} parameters',
@@ -48,7 +48,7 @@ def plan(parts: Experiment) -> str:
       parts: an outline.
     """
     config, mesh, shape = parts.config, parts.mesh, parts.reference_config
-    trunk = value_lib.trunk_config(parts.value_config, shape)
+    trunk = value_lib.trunk_config(parts.value_config, parts.value_shape)
     reference, fitted = _shapes(parts)
     made, prompts, width = _training_prompts(parts)
     slots = width + parts.rollout.buffer
@@ -86,11 +86,7 @@ def plan(parts: Experiment) -> str:
 
 def _shapes(parts: Experiment) -> tuple[Params, Params]:
     """Returns the shapes of the reference's parameters and of the value network's."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    reference = jax.eval_shape(lambda key: transformer.init_params(key, parts.reference_config), key)
-    return reference, jax.eval_shape(
-        lambda key, params: value_lib.init_value_params(key, parts.value_config, params, parts.reference_config),
-        key, reference)
+    return transformer.param_shapes(parts.reference_config), parts.value_target
 
 
 def _training_prompts(parts: Experiment) -> tuple[bool, int, int]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from qsharp_jax import categorical, checkpoint, decoding, references, rewards, sharding, units
 from qsharp_jax.categorical import ReturnDistribution
 from qsharp_jax.data import prompts as prompts_lib
+from qsharp_jax.data import tokenizer_pairs
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.models import networks, transformer
 from qsharp_jax.models import value as value_lib
@@ -40,8 +40,10 @@ class Experiment:
       reference_params: its parameters, on the mesh; None in an outline.
       reference_digest: names its weights.
       reference: π_ref.
-      value_config: how the value network is cut from the reference.
-      value_shape: shape of the trunk it is cut from.
+      value_config: how the value network is cut from its base.
+      value_shape: shape of the base, which is the reference or the checkpoint `value.source`.
+      tokenizer_differences: special tokens, none of them used, that the base has otherwise than the reference.
+      value_base_digest: names the weights of that checkpoint; '' for the reference, and in an outline.
       value: the value network.
       distribution: how its scores are read.
       reward: what an answer earns.
@@ -59,6 +61,8 @@ class Experiment:
     reference: Reference
     value_config: value_lib.ValueConfig
     value_shape: transformer.TransformerConfig
+    tokenizer_differences: tokenizer_pairs.Differences
+    value_base_digest: str
     value: Value
     distribution: ReturnDistribution
     reward: rewards.Reward
@@ -108,22 +112,36 @@ class Experiment:
     def prompts(self, split: str) -> Prompts:
         """Returns the prompts of a split."""
         if split not in self.splits:
-            self.splits[split] = prompts_lib.load(self.config.task, split, self.tokenizer)
+            prompts = prompts_lib.load(self.config.task, split, self.tokenizer)
+            check_prompts(self, prompts)
+            self.splits[split] = prompts
         return self.splits[split]
 
     @functools.cached_property
     def value_axes(self) -> Any:
         """Logical axes of the value network's parameters."""
-        return value_lib.logical_axes(self.value_config, self.reference_config)
+        return value_lib.logical_axes(self.value_config, self.value_shape)
+
+    @property
+    def value_target(self) -> Params:
+        """The value network's parameters as jax.ShapeDtypeStructs with shardings; nothing is loaded."""
+        base = transformer.param_shapes(self.value_shape)
+        shapes = jax.eval_shape(self._start_value, base)
+        shardings = sharding.param_shardings(self.mesh, self.value_axes, shapes)
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings)
 
     def init_value_params(self) -> Params:
         """Returns the value network before any fit, on the mesh. The same in every iteration."""
+        base = self.reference_params
+        if self.config.value.source:
+            base = references.load_value_base(
+                self.config.value.source, self.value_config, self.value_shape, self.mesh)
+        return sharding.born_sharded(self._start_value, self.mesh, self.value_axes)(base)
+
+    def _start_value(self, base_params: Params) -> Params:
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0x7a1)
-
-        def init(reference_params: Params) -> Params:
-            return value_lib.init_value_params(key, self.value_config, reference_params, self.reference_config)
-
-        return sharding.born_sharded(init, self.mesh, self.value_axes)(self.reference_params)
+        return value_lib.init_value_params(key, self.value_config, base_params, self.value_shape)
 
     @property
     def dataset_dir(self) -> Path:
@@ -146,7 +164,7 @@ class Experiment:
         return {
             'reference': self.reference_digest, 'tokenizer': self.tokenizer.fingerprint,
             'support': list(self.distribution.atoms), 'sampler': self.config.sampling.to_dict(),
-            'budget': self.config.collect.budget, 'reward': self.reward.digest,
+            'budget': self.config.collect.budget, 'reward': self.reward.digest, 'base': self.value_base_digest,
         }
 
 
@@ -166,20 +184,32 @@ def outline(config: ml_collections.ConfigDict, workdir: Path) -> Experiment:
     value_config = value_lib.ValueConfig(
         num_scores=distribution.num_scores, kind=value.type, init=value.init, layers=value.layers or None,
         extra_layers=value.extra_layers, extra_input=value.extra_input, head_init=value.head_init)
-    if config.guidance.candidates > shape.vocab_size:
+    # Ids behind the tokenizer's pad the reference's vocabulary; special tokens behind the vocabulary are never used.
+    vocab_size = min(shape.vocab_size, tokenizer.vocab_size)
+    if config.guidance.candidates > vocab_size:
         raise ValueError(f'guidance.candidates is {config.guidance.candidates}, but the vocabulary has '
-                         f'{shape.vocab_size} tokens: lower it.')
-    layers = value_lib.trunk_config(value_config, shape).layers
-    if config.fit.frozen_layers > layers:
-        raise ValueError(f'fit.frozen_layers is {config.fit.frozen_layers}, but the value network has {layers} layers.')
+                         f'{vocab_size} tokens: lower it.')
+    value_shape, value_tokenizer = references.value_outline(config, shape, tokenizer)
+    eos_ids = prompts_lib.eos_ids(config.task, tokenizer)
+    differences: tokenizer_pairs.Differences = {}
+    if config.value.source:
+        differences = tokenizer_pairs.compare(tokenizer, value_tokenizer)
+        tokenizer_pairs.check_used(differences, eos_ids, 'ends an answer')
+        if value_shape.vocab_size < vocab_size:
+            raise ValueError(f'the checkpoint of value.source has {value_shape.vocab_size} ids, and the tokenizer of '
+                             f'the reference {vocab_size}: a value network must read every id. Choose another.')
+    trunk = value_lib.trunk_config(value_config, value_shape)
+    if config.fit.frozen_layers > trunk.layers:
+        raise ValueError(f'fit.frozen_layers is {config.fit.frozen_layers}, but the value network has {trunk.layers} '
+                         'layers.')
     _check_rows(config, mesh)
     _check_splits(config)
-    value_shape = dataclasses.replace(shape, dtype=jnp.dtype(value.dtype), remat=value.remat)
     return Experiment(
         config=config, workdir=workdir, mesh=mesh, tokenizer=tokenizer, reference_config=shape,
-        reference_params=None, reference_digest='', reference=networks.reference(shape), value_config=value_config,
-        value_shape=value_shape, value=networks.value(value_shape, value_config), distribution=distribution,
-        reward=rewards.load(config.reward), eos_ids=prompts_lib.eos_ids(config.task, tokenizer))
+        reference_params=None, reference_digest='', reference=networks.reference(shape, vocab_size),
+        value_config=value_config, value_shape=value_shape, tokenizer_differences=differences, value_base_digest='',
+        value=networks.value(value_shape, value_config), distribution=distribution,
+        reward=rewards.load(config.reward), eos_ids=eos_ids)
 
 
 def load(parts: Experiment) -> Experiment:
@@ -194,15 +224,29 @@ def load(parts: Experiment) -> Experiment:
         raise ValueError(f'collect.examples is {asked}, but the train split has {len(prompts)} prompts that can be '
                          'asked: lower it, or enlarge the split.')
     _check_warmup(parts.config, asked or len(prompts))
+    tokenizer_pairs.warn(parts.tokenizer_differences)
     needed = units.prompt_width(prompts) + parts.rollout.buffer
-    if needed > parts.reference_config.max_positions:
-        raise ValueError(f'the longest prompt and answer take {needed} positions, and the reference has '
-                         f'{parts.reference_config.max_positions}: lower sampling.max_new_tokens, which is '
-                         f'{parts.config.sampling.max_new_tokens}, or task.max_prompt_tokens.')
+    most = min(parts.reference_config.max_positions, parts.value_shape.max_positions)
+    if needed > most:
+        who = 'reference' if most == parts.reference_config.max_positions else 'value network'
+        raise ValueError(f'the longest prompt and answer take {needed} positions, and the {who} has {most}: lower '
+                         f'sampling.max_new_tokens, which is {parts.config.sampling.max_new_tokens}, or '
+                         'task.max_prompt_tokens.')
     _grade_canaries(parts)
     params, digest = references.load(
         parts.config, parts.reference_config, parts.tokenizer, parts.workdir, parts.mesh)
-    return dataclasses.replace(parts, reference_params=params, reference_digest=digest)
+    return dataclasses.replace(
+        parts, reference_params=params, reference_digest=digest,
+        value_base_digest=references.fingerprint(parts.config.value.source))
+
+
+def check_prompts(parts: Experiment, prompts: Prompts) -> None:
+    """Raises ValueError if prompts hold ids that a network does not have, or that the two networks know differently."""
+    used = set().union(*prompts.tokens)
+    if max(used) >= parts.reference.vocab_size:
+        raise ValueError(f'a prompt holds the token {parts.tokenizer.pieces([max(used)])[0]!r} with id {max(used)}, '
+                         f'and the reference has {parts.reference.vocab_size} ids: change task.template.')
+    tokenizer_pairs.check_used(parts.tokenizer_differences, used, 'prompts hold')
 
 
 def _check_rows(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

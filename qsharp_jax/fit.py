@@ -25,14 +25,13 @@ def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> P
       previous: the network of the iteration before, where `fit.init` is 'previous'; else unused.
     """
     config = experiment.config
-    start = experiment.init_value_params()
     directory = experiment.value_dir(iteration)
     if (directory / checkpoint.VALUE_FILE).exists():
-        params, meta = checkpoint.restore_params(directory, start)
+        params, meta = checkpoint.restore_params(directory, experiment.value_target)
         checkpoint.check_value_meta(meta, experiment.value_meta())
         return params
-    if config.fit.init == 'previous' and previous is not None:
-        start = previous
+    goes_on = config.fit.init == 'previous' and previous is not None
+    start = previous if goes_on else experiment.init_value_params()
     train, heldout = batches(experiment, iteration)
     steps = max(1, math.ceil(config.fit.epochs * train.steps_per_epoch))
     optimizer = optimizer_config(config.fit, steps)

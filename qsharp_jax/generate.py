@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qsharp_jax import decoding, evaluate, sharding, train, units
+from qsharp_jax import decoding, evaluate, experiment, sharding, train, units
 from qsharp_jax.data import prompts as prompts_lib
 
 
@@ -44,6 +44,7 @@ def run(workdir: Path, questions: Sequence[str], eta: float | None = None, itera
     if prompts.too_long:
         raise ValueError(f'the prompt {questions[prompts.too_long[0]]!r} has more than task.max_prompt_tokens = '
                          f'{task.max_prompt_tokens} tokens: shorten it.')
+    experiment.check_prompts(parts, prompts)
     how = parts.guidance(config.guidance.offset) if math.isfinite(eta) else decoding.Guidance()
     # Nothing is compared here, so a batch is as small as the devices allow.
     rows = min(sharding.pad_rows(len(prompts) * samples, parts.mesh), config.eval.batch_rows)

@@ -1,8 +1,9 @@
-"""The reference of a run: loaded from published weights, or pre-trained here."""
+"""Where the networks of a run come from: published weights, or a reference that is pre-trained here."""
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+import warnings
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -12,7 +13,10 @@ from qsharp_jax import sharding
 from qsharp_jax.baselines import pretraining
 from qsharp_jax.data import tokenizers
 from qsharp_jax.models import pretrained, transformer
+from qsharp_jax.models import value as value_lib
+from qsharp_jax.models.pretrained import Checkpoint
 from qsharp_jax.models.transformer import TransformerConfig
+from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.types import Params
 
 
@@ -25,9 +29,10 @@ def outline(config: ml_collections.ConfigDict) -> tuple[TransformerConfig, token
     if config.reference.source == 'pretrain':
         tokenizer = pretraining.tokenizer_of(config)
         return pretraining.model_shape(config, tokenizer.vocab_size), tokenizer
-    file = pretrained.open_gguf(config.reference.source)
-    return (dataclasses.replace(file.config, dtype=jnp.dtype(config.reference.dtype)),
-            tokenizers.from_gguf(file.metadata))
+    shape, published = _published(config.reference.source)
+    # What is computed in a number type is kept in it: a copy in a wider one would be rounded in every step.
+    dtype = jnp.dtype(config.reference.dtype)
+    return dataclasses.replace(shape, dtype=dtype, param_dtype=dtype), published
 
 
 def load(config: ml_collections.ConfigDict, shape: TransformerConfig, tokenizer: tokenizers.Tokenizer, workdir: Path,
@@ -46,7 +51,66 @@ def load(config: ml_collections.ConfigDict, shape: TransformerConfig, tokenizer:
     """
     if config.reference.source == 'pretrain':
         return pretraining.load_or_train(config, shape, tokenizer, workdir, mesh)
-    file = pretrained.open_gguf(config.reference.source)
-    host = pretrained.load_params(file)
-    shardings = sharding.param_shardings(mesh, transformer.logical_axes(shape), host)
-    return sharding.shard_params(host, shardings), file.fingerprint
+    file = pretrained.open_checkpoint(config.reference.source)
+    shardings = sharding.param_shardings(mesh, transformer.logical_axes(shape), transformer.param_shapes(shape))
+    return pretrained.load_params(file, shardings, shape.param_dtype), file.fingerprint
+
+
+def value_outline(
+    config: ml_collections.ConfigDict, reference: TransformerConfig, tokenizer: tokenizers.Tokenizer,
+) -> tuple[TransformerConfig, tokenizers.Tokenizer]:
+    """Returns shape and tokenizer of what the value network is started from: `value.source`, or else the reference.
+
+    Args:
+      config: of the run.
+      reference: shape of the reference.
+      tokenizer: of the reference.
+    """
+    if config.value.source:
+        reference, tokenizer = _published(config.value.source)
+    return dataclasses.replace(
+        reference, dtype=jnp.dtype(config.value.dtype), param_dtype=jnp.dtype('float32'),
+        remat=config.value.remat), tokenizer
+
+
+def load_value_base(source: str, value_config: ValueConfig, shape: TransformerConfig, mesh: Mesh) -> Params:
+    """Returns those parameters of the checkpoint `source`, on the mesh, that a value network starts from.
+
+    Args:
+      source: of the config's section `value`.
+      value_config: the start of the value network.
+      shape: from `value_outline`.
+      mesh: the devices.
+    """
+    def wanted(path: tuple[str, ...]) -> bool:
+        return value_lib.is_copied(value_config, shape, path)
+
+    shardings = sharding.param_shardings(mesh, transformer.logical_axes(shape), transformer.param_shapes(shape))
+    return pretrained.load_params(pretrained.open_checkpoint(source), shardings, shape.param_dtype, wanted)
+
+
+def fingerprint(source: str) -> str:
+    """Returns what names the weights of a checkpoint; '' for no checkpoint."""
+    return pretrained.open_checkpoint(source).fingerprint if source else ''
+
+
+def _published(source: str) -> tuple[TransformerConfig, tokenizers.Tokenizer]:
+    file = pretrained.open_checkpoint(source)
+    tokenizer = tokenizer_of(file)
+    rows = file.config.vocab_size
+    beyond = {token: text for text, token in tokenizer.backend.get_vocab(with_added_tokens=True).items()
+              if token >= rows}
+    if beyond:
+        added = {entry['id'] for entry in tokenizer.content['added_tokens']}
+        ordinary = sorted(set(beyond) - added)
+        if ordinary:
+            raise ValueError(f'{source}: the tokenizer has the token {beyond[ordinary[0]]!r} with id {ordinary[0]}, '
+                             f'and the model has {rows} ids: they are not of one model.')
+        warnings.warn(f'{source}: the model has no ids for the special tokens {sorted(beyond.values())}: they can be '
+                      'neither asked nor answered.', stacklevel=2)
+    return file.config, tokenizer
+
+
+def tokenizer_of(file: Checkpoint) -> tokenizers.BPETokenizer:
+    """Returns the tokenizer that comes with a checkpoint."""
+    return tokenizers.from_folder(file.path) if file.path.is_dir() else tokenizers.from_gguf(file.metadata)

@@ -114,7 +114,7 @@ def open_run(workdir: Path, iteration: int = 0) -> tuple[Experiment, int, Params
         raise ValueError(f'there is no value network of iteration {iteration or 1} in {workdir}: the run {have}.')
     chosen = iteration or finished[-1]
     parts = experiment.load(parts)
-    values, meta = checkpoint.restore_params(parts.value_dir(chosen), parts.init_value_params())
+    values, meta = checkpoint.restore_params(parts.value_dir(chosen), parts.value_target)
     checkpoint.check_value_meta(meta, parts.value_meta())
     return parts, chosen, values
 

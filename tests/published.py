@@ -73,7 +73,7 @@ def plain_logits(config, params, tokens):
 
 
 def ragged_logits(config, params, tokens, lengths, steps):
-    """Logits after tokens lengths .. lengths + steps - 1 of each row, by one prefill and cached steps.  # [B, steps, V]"""
+    """Logits after tokens lengths .. lengths + steps - 1 of each row, by prefill and cached steps.  # [B, steps, V]"""
     reference, rows = networks.reference(config), np.arange(len(tokens))
     lengths = np.asarray(lengths)
     prompt = np.where(np.arange(lengths.max())[None] < lengths[:, None], tokens[:, :lengths.max()], 7)

@@ -114,7 +114,7 @@ def test_wrong_types_are_refused_in_words(key: str, text: str) -> None:
     ({'eval.methods': 'qsharp,ppo'}, "config.eval.methods has 'ppo'"),
     ({'value.v_min': '-1', 'guidance.outside': 'zero'}, 'needs rewards of at least 0'),
     ({'value.v_min': '1'}, 'v_min the smaller'),
-    ({'value.layers': '4'}, "'reference' copies every layer"),
+    ({'value.layers': '4'}, "'pretrained' copy every layer"),
     ({'value.init': 'truncate'}, 'need a number of layers'),
     ({'value.head_init': 'lm_head'}, "only config.value.type 'q' has"),
     ({'value.type': 'q', 'guidance.outside': 'soft_bellman'}, 'has none'),

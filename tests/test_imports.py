@@ -21,7 +21,7 @@ LAYERS = (
     ('references', 'experiment'),
     ('collect', 'fit', 'evaluate'),
     ('results', 'describe'),
-    ('train', 'generate'),
+    ('train', 'generate', 'export'),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

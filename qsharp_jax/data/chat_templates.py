@@ -11,8 +11,8 @@ from jinja2.nodes import Node
 import jinja2.parser
 import jinja2.sandbox
 
-# Some templates write today's date, which would make a prompt of each day. This is the day that those of Llama 3.2 write
-# where they are not told it.
+# Some templates write today's date, and their prompts would change from day to day. This is the day that those of
+# Llama 3.2 write where they are not told it.
 TODAY = datetime.date(2024, 7, 26)
 
 

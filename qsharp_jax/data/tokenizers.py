@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from qsharp_jax.data import chat_templates
 
@@ -110,7 +110,7 @@ class BPETokenizer(Tokenizer):
         self.chat_template = chat_template
         self.names = dict(names)
         self.content = json.loads(backend.to_str())
-        self.fingerprint = _fingerprint([self.content, 'bos first'] if bos_first else self.content)
+        self.fingerprint = _fingerprint(self.content)
         self._template = None if chat_template is None else chat_templates.compiled(chat_template)
 
     def encode(self, text: str) -> list[int]:
@@ -216,9 +216,9 @@ def from_gguf(metadata: Mapping[str, Any]) -> BPETokenizer:
 
     kind, pre = read('ggml.model'), read('ggml.pre')
     if kind != 'gpt2':
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; allowed: 'gpt2' (byte-level BPE). Of the others a GGUF file "
-                         'leaves out the merges, which are only in the tokenizer.json that the model was published with: '
-                         'give its Hugging Face folder instead.')
+        raise ValueError(f"tokenizer.ggml.model is {kind!r}; allowed: 'gpt2' (byte-level BPE). Of others a GGUF file "
+                         'leaves out the merges, which are only in the tokenizer.json that the model was published '
+                         'with: give its Hugging Face folder instead.')
     if pre not in PRE_TOKENIZERS:
         raise ValueError(f'tokenizer.ggml.pre is {pre!r}; allowed: {", ".join(PRE_TOKENIZERS)}.')
     tokens, types = read('ggml.tokens'), read('ggml.token_type')
@@ -240,8 +240,11 @@ def from_gguf(metadata: Mapping[str, Any]) -> BPETokenizer:
              if f'tokenizer.ggml.{name}' in metadata}
     bos_first = metadata.get('tokenizer.ggml.add_bos_token', pre in BOS_FIRST)
     names = {'bos_token': '' if bos_id is None else tokens[bos_id], 'eos_token': tokens[eos_id]}
-    return BPETokenizer(backend, frozenset(ends), bos_id, names, metadata.get('tokenizer.chat_template'),
-                        bos_first=bool(bos_first) and bos_id is not None)
+    bos_first = bool(bos_first) and bos_id is not None
+    if bos_first:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f'{tokens[bos_id]} $A', special_tokens=[(tokens[bos_id], bos_id)])
+    return BPETokenizer(backend, frozenset(ends), bos_id, names, metadata.get('tokenizer.chat_template'), bos_first)
 
 
 def from_folder(path: Path) -> BPETokenizer:
@@ -269,17 +272,16 @@ def from_folder(path: Path) -> BPETokenizer:
     ids = {name: backend.token_to_id(text) for name, text in names.items()}
     unknown = [name for name in ('bos_token', 'eos_token') if name in names and ids[name] is None]
     if unknown:
-        raise ValueError(f'{path}: tokenizer_config.json names {names[unknown[0]]!r} as {unknown[0]}, and tokenizer.json '
-                         'has no such token.')
+        raise ValueError(f'{path}: tokenizer_config.json names {names[unknown[0]]!r} as {unknown[0]}, and '
+                         'tokenizer.json has no such token.')
     generation = path / 'generation_config.json'
     ends = _read_json(generation if generation.is_file() else path / 'config.json').get('eos_token_id')
     eos_ids = {int(end) for end in ends} if isinstance(ends, list) else set() if ends is None else {int(ends)}
-    if 'eos_token' in ids:
-        eos_ids.add(ids['eos_token'])
+    eos_ids |= {token for name, token in ids.items() if name == 'eos_token' and token is not None}
     added, bos_id = backend.encode('', add_special_tokens=True).ids, ids.get('bos_token')
     if added and (len(added) > 1 or bos_id not in (None, added[0])):
-        raise ValueError(f'{file} adds {[backend.id_to_token(token) for token in added]} to a text; only BOS in front is '
-                         'supported.')
+        raise ValueError(f'{file} adds {[backend.id_to_token(token) for token in added]} to a text; only BOS in front '
+                         'is supported.')
     return BPETokenizer(backend, frozenset(eos_ids), added[0] if added else bos_id, {'bos_token': '', **names},
                         _chat_template(path, said), bos_first=bool(added))
 

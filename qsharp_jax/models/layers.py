@@ -323,7 +323,8 @@ def attend(
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
-    grouped = (query * (head_dim ** -0.5 if scale is None else scale)).reshape(batch, length, kv_heads, groups, head_dim)
+    scale = head_dim ** -0.5 if scale is None else scale
+    grouped = (query * scale).reshape(batch, length, kv_heads, groups, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
     parts = [(key, value, block_mask[:, None, None])]
     if cached is not None and cache_mask is not None:

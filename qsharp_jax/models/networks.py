@@ -12,22 +12,33 @@ from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.types import Array, Params, Reference, Value, ValueScores
 
 
-def reference(config: TransformerConfig) -> Reference:
-    """Returns the reference of this shape; its parameters are an argument of every call."""
+def reference(config: TransformerConfig, vocab_size: int | None = None) -> Reference:
+    """Returns the reference of this shape; its parameters are an argument of every call.
+
+    Args:
+      config: of the decoder.
+      vocab_size: how many leading ids the tokenizer has; None for all. Published models pad their vocabularies, and
+        this is where the padding ends: no logit of it is seen by sampler, guidance or KL.
+    """
+    real = vocab_size or config.vocab_size
+    if real > config.vocab_size:
+        raise ValueError(f'vocab_size is {real}, but the model has {config.vocab_size} ids.')
+
     def step(params: Params, token: Array, length: Array, cache: KVCache) -> tuple[Array, KVCache]:
         alone = jnp.ones((1, 1), bool)
         hidden, cache = _append(config, params, token[:, None], length[:, None], alone, cache)
-        return transformer.logits(config, params, hidden[:, 0]), cache
+        logits = transformer.logits(config, params, hidden[:, 0])
+        return logits[:, :real] if real < config.vocab_size else logits, cache
 
     return Reference(
-        vocab_size=config.vocab_size,
+        vocab_size=real,
         init_cache=functools.partial(transformer.init_cache, config),
         prefill=functools.partial(_prefill, config),
         step=step)
 
 
 def value(config: TransformerConfig, value_config: ValueConfig) -> Value:
-    """Returns the value model of this shape; `config` is that of the reference it was started from."""
+    """Returns the value model of this shape; `config` is that of the base it was started from."""
     trunk = value_lib.trunk_config(value_config, config)
     q_type = value_config.kind == 'q'
 
@@ -69,7 +80,7 @@ def value_scores(
     """Returns float32 scores [B, T, K] of each token as the one chosen there, without a cache: for the fit.
 
     Args:
-      config: of the reference that the value model was started from.
+      config: of the base that the value model was started from.
       value_config: of the value model.
       params: its parameters.
       tokens: packed sequences.

@@ -18,7 +18,7 @@ from qsharp_jax.types import Array, Params
 
 __all__ = [
     'KVCache', 'RopeScaling', 'Transformer', 'TransformerConfig', 'axis_names', 'causal_mask', 'count_params',
-    'extend', 'hidden_states', 'init_cache', 'init_params', 'logical_axes', 'logits']
+    'extend', 'hidden_states', 'init_cache', 'init_params', 'logical_axes', 'logits', 'param_shapes']
 
 
 @struct.dataclass
@@ -100,8 +100,9 @@ class Transformer(nn.Module):
         if cache is not None and cache_length is not None:
             cache_mask = (jnp.arange(cache.capacity)[None] < cache_length[:, None])[:, None]
         # What layers of one window share: how tokens are rotated, and which of them see which.
-        shared = {window: (_rotation(config, positions, window > 0), *_within(window, positions, block_mask, cache_mask))
-                  for window in sorted({config.window(index) for index in range(config.layers)})}
+        windows = sorted({config.window(index) for index in range(config.layers)})
+        shared = {window: (_rotation(config, positions, window > 0),
+                           *_within(window, positions, block_mask, cache_mask)) for window in windows}
         keys, values = [], []
         embedded = x
         for index, layer in enumerate(self.layers):
@@ -133,6 +134,11 @@ def init_params(key: Array, config: TransformerConfig) -> Params:
     through them at any width; that of the output projections is divided by sqrt(2 layers).
     """
     return nn.meta.unbox(_boxed_init(key, config))
+
+
+def param_shapes(config: TransformerConfig) -> Params:
+    """Returns a tree like the parameters whose leaves are jax.ShapeDtypeStructs; nothing is computed."""
+    return jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
 
 
 def logical_axes(config: TransformerConfig) -> Params:

@@ -18,7 +18,8 @@ from qsharp_jax.models.transformer import TransformerConfig
 from qsharp_jax.types import Array, Params
 
 KINDS = ('v', 'q')
-INITS = ('truncate', 'reference', 'scratch')
+INITS = ('truncate', 'reference', 'pretrained', 'scratch')
+WHOLE = ('reference', 'pretrained')  # that copy every layer
 EXTRA_INPUTS = ('stream', 'restart')
 HEAD_INITS = ('zero', 'normal', 'lm_head')
 
@@ -30,9 +31,10 @@ class ValueConfig:
     Attributes:
       num_scores: K, scores of one return distribution (`ReturnDistribution.num_scores`).
       kind: 'v' scores a token from its own hidden state; 'q' scores all next tokens from their parent's.
-      init: 'truncate' copies the first `layers` blocks of the reference; 'reference' copies all of them;
-        'scratch' draws `layers` fresh blocks of the reference's widths.
-      layers: number of blocks under 'truncate' and 'scratch'; None under 'reference'.
+      init: 'truncate' copies the first `layers` blocks of the base, which is the reference or another checkpoint;
+        'reference' and 'pretrained' copy all of them, of the reference and of another checkpoint; 'scratch' draws
+        `layers` fresh blocks of the base's widths.
+      layers: number of blocks under 'truncate' and 'scratch'; None under the others.
       extra_layers: fresh blocks on top of the copied ones; on the copied blocks' own stream they change nothing at
         the start.
       extra_input: what the extra blocks read: 'stream', the copied blocks' own; or 'restart', its norm plus the norm
@@ -63,10 +65,10 @@ class ValueConfig:
             raise ValueError(f'extra_layers is {self.extra_layers}; it must be at least 0.')
         if self.extra_input == 'restart' and not self.extra_layers:
             raise ValueError("value extra_input is 'restart', but extra_layers is 0: there is nothing to read it.")
-        if self.init == 'reference' and self.layers is not None:
-            raise ValueError(f"value layers is {self.layers}, but init 'reference' copies every layer: leave "
+        if self.init in WHOLE and self.layers is not None:
+            raise ValueError(f'value layers is {self.layers}, but init {self.init!r} copies every layer: leave '
                              "out layers, or use init 'truncate'.")
-        if self.init != 'reference' and (self.layers is None or self.layers < 1):
+        if self.init not in WHOLE and (self.layers is None or self.layers < 1):
             raise ValueError(f'value layers is {self.layers}; init {self.init!r} needs at least 1.')
         if self.head_init == 'lm_head' and self.kind != 'q':
             raise ValueError("head_init 'lm_head' needs kind 'q': a V-type head has no score per vocabulary "
@@ -100,36 +102,54 @@ class ValueHead(nn.Module):
         return scores
 
 
-def trunk_config(value_config: ValueConfig, reference_config: TransformerConfig) -> TransformerConfig:
-    """Returns the config of the value model's trunk: the reference's, with its own layers and no LM head.
+def trunk_config(value_config: ValueConfig, base_config: TransformerConfig) -> TransformerConfig:
+    """Returns the config of the value model's trunk: its base's, with its own layers and no LM head.
 
     Raises:
-      ValueError: if 'truncate' asks for more layers than the reference has.
+      ValueError: if 'truncate' asks for more layers than the base has, or 'lm_head' for a head that is not linear.
     """
-    layers = value_config.layers or reference_config.layers
-    if value_config.init == 'truncate' and layers > reference_config.layers:
-        raise ValueError(f'value layers is {layers}, but the reference has {reference_config.layers}. Lower '
-                         'it, or add fresh layers with extra_layers.')
+    layers = value_config.layers or base_config.layers
+    if value_config.init == 'truncate' and layers > base_config.layers:
+        raise ValueError(f'value layers is {layers}, but the reference has {base_config.layers}, or the checkpoint of '
+                         'value.source. Lower it, or add fresh layers with extra_layers.')
+    if value_config.head_init == 'lm_head' and base_config.logit_cap:
+        raise ValueError(f"value head_init is 'lm_head', but this model caps its logits at {base_config.logit_cap:g}, "
+                         "which no head of ours does: use 'zero' or 'normal'.")
+    # Layers of a model from scratch go on with the pattern of the base's last ones; those on top see all positions.
+    near = base_config.layer_windows and tuple(
+        base_config.layer_windows[index % base_config.layers] for index in range(layers))
     return dataclasses.replace(
-        reference_config, layers=layers + value_config.extra_layers, tied_embeddings=True,
+        base_config, layers=layers + value_config.extra_layers, tied_embeddings=True,
+        layer_windows=near and near + (0,) * value_config.extra_layers,
         restart_layer=layers if value_config.extra_input == 'restart' else 0)
+
+
+def is_copied(value_config: ValueConfig, base_config: TransformerConfig, path: tuple[str, ...]) -> bool:
+    """Returns whether a parameter of the base, by its keys, has a part in the start of the value model."""
+    name = path[0]
+    if name == ('embedding' if base_config.tied_embeddings else 'head') and value_config.head_init == 'lm_head':
+        return True
+    if value_config.init == 'scratch' or name == 'head':
+        return False
+    copied = trunk_config(value_config, base_config).layers - value_config.extra_layers
+    return not name.startswith('layers_') or int(name.removeprefix('layers_')) < copied
 
 
 def init_value_params(
     key: Array,
     value_config: ValueConfig,
-    reference_params: Params,
-    reference_config: TransformerConfig,
+    base_params: Params,
+    base_config: TransformerConfig,
 ) -> Params:
     """Returns {'trunk': ..., 'head': ...} started as `value_config` says; copies are new arrays.
 
     Args:
       key: for what is drawn fresh.
       value_config: the shape and the start.
-      reference_params: parameters of the reference, read unless init is 'scratch' with a zero or normal head.
-      reference_config: the reference's config.
+      base_params: parameters of the base, of which those are read that `is_copied` names.
+      base_config: the base's config.
     """
-    config = trunk_config(value_config, reference_config)
+    config = trunk_config(value_config, base_config)
     trunk_key, head_key = jax.random.split(key)
     trunk = dict(transformer.init_params(trunk_key, config))
     extra = {f'layers_{config.layers - 1 - index}' for index in range(value_config.extra_layers)}
@@ -138,19 +158,19 @@ def init_value_params(
             if value_config.extra_input == 'stream':
                 trunk[name] = _silenced(trunk[name])
         elif name == 'restart_norm' and value_config.init != 'scratch':
-            trunk[name] = _copy(reference_params['final_norm'], config)
+            trunk[name] = _copy(base_params['final_norm'], config)
         elif value_config.init != 'scratch' and name != 'restart_token_norm':
-            trunk[name] = _copy(reference_params[name], config)
+            trunk[name] = _copy(base_params[name], config)
     head = nn.meta.unbox(_boxed_head(head_key, value_config, config))
     if value_config.head_init == 'lm_head':
-        table = reference_params['embedding' if reference_config.tied_embeddings else 'head']
+        table = base_params['embedding' if base_config.tied_embeddings else 'head']
         head['kernel'] = jnp.broadcast_to(table[:, None], head['kernel'].shape).astype(config.param_dtype)
     return {'trunk': trunk, 'head': head}
 
 
-def logical_axes(value_config: ValueConfig, reference_config: TransformerConfig) -> Params:
+def logical_axes(value_config: ValueConfig, base_config: TransformerConfig) -> Params:
     """Returns the axis names of the value parameters, as `transformer.logical_axes`."""
-    config = trunk_config(value_config, reference_config)
+    config = trunk_config(value_config, base_config)
     head = jax.eval_shape(lambda key: _boxed_head(key, value_config, config), jax.random.key(0))
     return {'trunk': transformer.logical_axes(config), 'head': transformer.axis_names(head)}
 

@@ -54,10 +54,11 @@ class Weight:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the stored tensor, slowest axis first."""
-        shape = (math.prod(self.shape[:self.inputs]), math.prod(self.shape[self.inputs:]))
-        shape = shape[::-1] if self.transposed else shape
-        shape = shape[1:] if not self.inputs else shape
-        return (*shape[:-1], shape[-1] * (self.columns[1] if self.columns else 1))
+        rows, columns = math.prod(self.shape[:self.inputs]), math.prod(self.shape[self.inputs:])
+        if self.transposed:
+            rows, columns = columns, rows
+        columns *= self.columns[1] if self.columns else 1
+        return (rows, columns) if self.inputs else (columns,)
 
     def read(self, stored: np.ndarray) -> np.ndarray:
         """Returns our parameter: a view of `stored`, unless the tensor is interleaved or shifted."""
@@ -110,7 +111,7 @@ class Format:
         Raises:
           ValueError: the model has a parameter that this format has no name for.
         """
-        shapes = jax.eval_shape(lambda key: transformer.init_params(key, config), jax.random.key(0))
+        shapes = transformer.param_shapes(config)
         found = []
         for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
             path = tuple(key.key for key in keys)
@@ -137,7 +138,8 @@ class Family:
 
     Attributes:
       name: `model_type` of its config.json.
-      architecture: class of the language model in `transformers`; that of the base model has 'Model' for its ending.
+      architecture: class of the language model in `transformers`.
+      base_architecture: class of the model without head.
       tensors: of its safetensors files.
       read: keys of a config.json -> TransformerConfig.
       write: TransformerConfig -> keys of a config.json that `read` gives it back from, as far as the family can.
@@ -148,6 +150,7 @@ class Family:
 
     name: str
     architecture: str
+    base_architecture: str
     tensors: Format
     read: Callable[[Keys], TransformerConfig]
     write: Callable[[TransformerConfig], dict[str, Any]]
@@ -196,6 +199,13 @@ class Keys:
     def inside(self, key: str, value: Mapping[str, Any]) -> Keys:
         """Returns the keys of a nested section."""
         return Keys(value, self.family, f'{self.source}, {key}', self.shapes, self.floats)
+
+    def decoder(self, **switches: Any) -> TransformerConfig:
+        """Returns the config of these sizes and switches; what it refuses is said of the file."""
+        try:
+            return TransformerConfig(**switches)
+        except ValueError as error:
+            raise ValueError(f'{self.source} ({self.family}): {error}') from error
 
     def finish(self) -> None:
         """Refuses what nobody took: it may change the maths."""

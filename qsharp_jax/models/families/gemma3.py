@@ -48,7 +48,7 @@ def read(keys: Keys) -> TransformerConfig:
     else:
         local = float(keys.take('rope_local_base_freq', LOCAL_ROPE_BASE))
     biased = keys.take('attention_bias', False)
-    return TransformerConfig(
+    return keys.decoder(
         **shape, **SWITCHES, rope_base=rope_base, rope_scaling=rope_scaling, local_rope_base=local, qkv_bias=biased,
         out_bias=biased, embedding_scale=shape['width'] ** 0.5,
         query_scale=keys.take('query_pre_attn_scalar', 256) ** -0.5,
@@ -79,7 +79,7 @@ def read_gguf(keys: Keys) -> TransformerConfig:
     # The 27B model alone scales its scores by the width of a head as the others count it.
     scalar = shape['width'] // shape['heads'] if layers == 62 else shape['head_dim']
     pattern = keys.take('attention.sliding_window_pattern', PATTERN)
-    return TransformerConfig(
+    return keys.decoder(
         **shape, **SWITCHES, **rope,
         local_rope_base=float(keys.take('rope.freq_base_swa', LOCAL_ROPE_BASE)),
         embedding_scale=shape['width'] ** 0.5, query_scale=scalar ** -0.5,
@@ -88,7 +88,8 @@ def read_gguf(keys: Keys) -> TransformerConfig:
 
 
 FAMILY = Family(
-    name='gemma3_text', architecture='Gemma3ForCausalLM', read=read, write=write,
+    name='gemma3_text', architecture='Gemma3ForCausalLM', base_architecture='Gemma3TextModel',
+    read=read, write=write,
     tensors=Format(NAMES, ignored=llama.IGNORED, prefix='model.'),
     gguf='gemma3', read_gguf=read_gguf,
     # There the scales are stored whole.

@@ -39,7 +39,7 @@ def read(keys: Keys) -> TransformerConfig:
               'summary_first_dropout', 'summary_proj_to_labels', 'summary_type', 'summary_use_proj',
               'gradient_checkpointing')
     width, heads = keys.take('n_embd'), keys.take('n_head')
-    return TransformerConfig(
+    return keys.decoder(
         vocab_size=keys.take('vocab_size'), width=width, layers=keys.take('n_layer'), heads=heads, kv_heads=heads,
         head_dim=width // heads, mlp_width=keys.take('n_inner', 4 * width), max_positions=keys.take('n_positions'),
         norm='layernorm', norm_eps=keys.take('layer_norm_epsilon', 1e-5), positions='learned', activation='gelu_tanh',
@@ -56,7 +56,8 @@ def write(config: TransformerConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    name='gpt2', architecture='GPT2LMHeadModel', read=read, write=write,
+    name='gpt2', architecture='GPT2LMHeadModel', base_architecture='GPT2Model',
+    read=read, write=write,
     # Causal masks that older checkpoints carry along.
     tensors=Format(NAMES, heads_first=False, columns=FUSED, ignored=r'.*\.attn\.(masked_)?bias',
                    prefix='transformer.'))

@@ -55,7 +55,7 @@ def read(keys: Keys) -> TransformerConfig:
     keys.note('is_llama_config')
     rope_base, rope_scaling = base.rope(keys, 10000.0)
     biased = keys.take('attention_bias', False)
-    return TransformerConfig(
+    return keys.decoder(
         **base.decoder_shape(keys), rope_base=rope_base, rope_scaling=rope_scaling, qkv_bias=biased, out_bias=biased,
         mlp_bias=keys.take('mlp_bias', False), tied_embeddings=keys.take('tie_word_embeddings', False))
 
@@ -69,11 +69,12 @@ def write(config: TransformerConfig) -> dict[str, Any]:
 
 def read_gguf(keys: Keys) -> TransformerConfig:
     """Returns the shape that GGUF metadata describe."""
-    return TransformerConfig(**base.gguf_shape(keys), **base.gguf_rope(keys))
+    return keys.decoder(**base.gguf_shape(keys), **base.gguf_rope(keys))
 
 
 FAMILY = Family(
-    name='llama', architecture='LlamaForCausalLM', read=read, write=write,
+    name='llama', architecture='LlamaForCausalLM', base_architecture='LlamaModel',
+    read=read, write=write,
     tensors=Format(NAMES, ignored=IGNORED, prefix='model.'),
     gguf='llama', read_gguf=read_gguf,
     gguf_tensors=Format(

@@ -49,14 +49,14 @@ def _write_common(config: TransformerConfig) -> dict[str, Any]:
 
 def read_qwen2(keys: Keys) -> TransformerConfig:
     """Returns the shape that a config.json of Qwen 2 or 2.5 describes."""
-    return TransformerConfig(**_common(keys), qkv_bias=True)
+    return keys.decoder(**_common(keys), qkv_bias=True)
 
 
 def read_qwen3(keys: Keys) -> TransformerConfig:
     """Returns the shape that a config.json of Qwen 3 describes."""
     biased = keys.take('attention_bias', False)
     shape = {**_common(keys), 'head_dim': keys.take('head_dim', 128)}
-    return TransformerConfig(**shape, qkv_bias=biased, out_bias=biased, qk_norm=True)
+    return keys.decoder(**shape, qkv_bias=biased, out_bias=biased, qk_norm=True)
 
 
 def write_qwen2(config: TransformerConfig) -> dict[str, Any]:
@@ -71,21 +71,23 @@ def write_qwen3(config: TransformerConfig) -> dict[str, Any]:
 
 def read_gguf_qwen2(keys: Keys) -> TransformerConfig:
     """Returns the shape that GGUF metadata describe."""
-    return TransformerConfig(**base.gguf_shape(keys), **base.gguf_rope(keys), qkv_bias=True)
+    return keys.decoder(**base.gguf_shape(keys), **base.gguf_rope(keys), qkv_bias=True)
 
 
 def read_gguf_qwen3(keys: Keys) -> TransformerConfig:
     """Returns the shape that GGUF metadata describe."""
-    return TransformerConfig(**base.gguf_shape(keys), **base.gguf_rope(keys), qk_norm=True)
+    return keys.decoder(**base.gguf_shape(keys), **base.gguf_rope(keys), qk_norm=True)
 
 
 QWEN2 = Family(
-    name='qwen2', architecture='Qwen2ForCausalLM', read=read_qwen2, write=write_qwen2,
+    name='qwen2', architecture='Qwen2ForCausalLM', base_architecture='Qwen2Model',
+    read=read_qwen2, write=write_qwen2,
     tensors=Format(llama.NAMES, ignored=llama.IGNORED, prefix='model.'),
     gguf='qwen2', read_gguf=read_gguf_qwen2,
     gguf_tensors=Format({**llama.GGUF_NAMES, **GGUF_BIASES}, ignored=llama.ROPE_FACTORS))
 QWEN3 = Family(
-    name='qwen3', architecture='Qwen3ForCausalLM', read=read_qwen3, write=write_qwen3,
+    name='qwen3', architecture='Qwen3ForCausalLM', base_architecture='Qwen3Model',
+    read=read_qwen3, write=write_qwen3,
     tensors=Format({**llama.NAMES, **HEAD_NORMS}, ignored=llama.IGNORED, prefix='model.'),
     gguf='qwen3', read_gguf=read_gguf_qwen3,
     gguf_tensors=Format({**llama.GGUF_NAMES, **GGUF_HEAD_NORMS}, ignored=llama.ROPE_FACTORS))

@@ -23,7 +23,8 @@ def open_folder(path: Path) -> Checkpoint:
     keys = read_json(path / CONFIG)
     name = keys.get('model_type')
     if name not in families.FAMILIES:
-        raise ValueError(f"{path / CONFIG} describes the architecture {name!r}; allowed: {', '.join(families.FAMILIES)}.")
+        allowed = ', '.join(families.FAMILIES)
+        raise ValueError(f'{path / CONFIG} describes the architecture {name!r}; allowed: {allowed}.')
     family = families.FAMILIES[name]
     files, tensors = _tensors(path)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}

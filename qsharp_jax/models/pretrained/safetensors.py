@@ -71,12 +71,12 @@ def read_head(path: Path) -> dict[str, StoredTensor]:
         raise ValueError(f'{path} is damaged: its head cannot be read ({error!r}).') from error
     for name, tensor in found.items():
         if tensor.offset + tensor.size > size:
-            raise ValueError(f'{path} is cut short: the tensor {name!r} ends at byte {tensor.offset + tensor.size}, and '
-                             f'the file has {size}.')
+            raise ValueError(f'{path} is cut short: the tensor {name!r} ends at byte {tensor.offset + tensor.size}, '
+                             f'and the file has {size}.')
         dtype = DTYPES.get(tensor.kind)
         if dtype is not None and tensor.size != math.prod(tensor.shape) * dtype.itemsize:
-            raise ValueError(f'{path} is damaged: the tensor {name!r} of shape {tensor.shape} and type {tensor.kind} has '
-                             f'{tensor.size} bytes.')
+            raise ValueError(f'{path} is damaged: the tensor {name!r} of shape {tensor.shape} and type {tensor.kind} '
+                             f'has {tensor.size} bytes.')
     return found
 
 
