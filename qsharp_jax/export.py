@@ -4,8 +4,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qsharp_jax import checkpoint, experiment, train
+from qsharp_jax import checkpoint
 from qsharp_jax import config as config_lib
+from qsharp_jax import experiment, train
 from qsharp_jax.data.tokenizers import BPETokenizer
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.models import value as value_lib

@@ -47,7 +47,7 @@ def family_of(config: TransformerConfig) -> Family:
 
 def write_model(path: Path, config: TransformerConfig, params: Params, *, base: bool = False,
                 keys: Mapping[str, Any] | None = None, file_bytes: int = _FILE_BYTES) -> None:
-    """Writes config.json and the weights, in the number type that they have. In a run of several processes, all call it.
+    """Writes config.json and the weights, in the number type that they have. Of several processes, all call it.
 
     Args:
       path: of the folder, made when missing.
