@@ -29,11 +29,12 @@ def run(parts: Experiment) -> str:
     first = prompts.tokens[0]
     reference, fitted = _shapes(parts)
     layers = value_lib.trunk_config(parts.value_config, parts.value_shape).layers
+    base = f', from {parts.config.value.source}' if parts.config.value.source else ''
     return '\n'.join([
         f'devices    {parts.mesh.size} ({jax.devices()[0].platform}), mesh {sizes}',
         f'reference  {parts.config.reference.source}: {_count(reference)} parameters',
         f'value      {parts.value_config.kind}-type, {parts.distribution.kind} head, {layers} layers: '
-        f'{_count(fitted)} parameters',
+        f'{_count(fitted)} parameters{base}',
         f'prompts    {len(prompts)} to train on, the first of {len(first)} tokens: {prompts.texts[0]!r}, '
         f'ids {first[:16]}{"…" if len(first) > 16 else ""}',
         f'reward     {parts.reward.spec}',

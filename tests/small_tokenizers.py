@@ -59,7 +59,8 @@ QWEN_TEMPLATE = """{%- if messages[0]['role'] == 'system' %}
     {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
     {%- elif message.role == "assistant" %}
-        {{- '<|im_start|>' + message.role }}{% generation %}{{- '\\n' + message.content + '<|im_end|>' }}{% endgeneration %}
+        {{- '<|im_start|>' + message.role }}
+        {%- generation %}{{- '\\n' + message.content + '<|im_end|>' }}{% endgeneration %}
         {{- '\\n' }}
     {%- endif %}
 {%- endfor %}
@@ -167,7 +168,8 @@ def gguf_metadata(kind: str, padding: int = 0) -> dict:
     ids = {text: index for index, (text, _) in enumerate(listed)}
     metadata = {
         'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': GGUF_PRE[kind],
-        'tokenizer.ggml.tokens': [text for text, _ in listed], 'tokenizer.ggml.token_type': [kind for _, kind in listed],
+        'tokenizer.ggml.tokens': [text for text, _ in listed],
+        'tokenizer.ggml.token_type': [kind for _, kind in listed],
         'tokenizer.ggml.merges': [' '.join(merge) for merge in content['model']['merges']],
         'tokenizer.ggml.eos_token_id': ids[EOS[kind]]}
     if kind in BOS:

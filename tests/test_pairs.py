@@ -81,7 +81,8 @@ def one_device() -> Iterator[None]:
 
 
 def config_of(folders: tuple[Path, Path], tmp_path: Path, **changes: Any) -> ml_collections.ConfigDict:
-    given = {**OVERRIDES, 'task.data_dir': tmp_path / 'data', 'reference.source': folders[0], 'value.source': folders[1],
+    sources = {'reference.source': folders[0], 'value.source': folders[1]}
+    given = {**OVERRIDES, **sources, 'task.data_dir': tmp_path / 'data',
              **{key.replace('__', '.'): value for key, value in changes.items()}}
     return config_lib.load(str(ROOT / 'configs' / 'arithmetic.py') + ':tiny',
                            [(key, str(value)) for key, value in given.items()])

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
 from qsharp_jax.data import tokenizers
-from qsharp_jax.models import pretrained
-from tests import published
+from qsharp_jax.models import networks, pretrained, transformer, value
+from qsharp_jax.models.pretrained import export
+from qsharp_jax.models.value import ValueConfig
+from tests import published, small_tokenizers
 from tests.published import plain_logits, ragged_logits, torch_logits
 
 pytestmark = pytest.mark.parity
@@ -42,6 +45,61 @@ def test_tiny_random_models(name, tmp_path):
         np.testing.assert_allclose(got[row], expected[row, length:length + steps], atol=1e-4, rtol=0)
     prompts = [list(rng.integers(0, 50, length)) for length in (1, 7, 30)]
     assert published.check_greedy(model, file.config, params, prompts) <= 1
+
+
+@pytest.mark.parametrize('name', published.CASES)
+def test_exported_models_give_equal_logits_and_the_same_bits(name, tmp_path):
+    import torch
+    import transformers
+    model = published.save(name, tmp_path / 'first')
+    file = pretrained.open_checkpoint(tmp_path / 'first')
+    params = pretrained.load_params(file)
+    export.write_model(tmp_path / 'second', file.config, params, file_bytes=20_000)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'second', attn_implementation='eager')
+    assert type(again) is type(model)
+    assert again.dtype == torch.float32
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[key]), key
+    tokens = np.random.default_rng(2).integers(0, 50, (2, 40))
+    assert np.array_equal(torch_logits(model, tokens), torch_logits(again.eval(), tokens))
+    repeated = pretrained.open_checkpoint(tmp_path / 'second')
+    assert repeated.config == file.config
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load_params(repeated), params)
+
+
+@pytest.mark.parametrize('name', ['llama_untied', 'qwen3', 'gpt2', 'gemma3'])
+@pytest.mark.parametrize('kind', ['v', 'q'])
+def test_exported_value_networks_give_equal_scores(name, kind, tmp_path):
+    import torch
+    import transformers
+    published.save(name, tmp_path / 'base')
+    file = pretrained.open_checkpoint(tmp_path / 'base')
+    value_config = ValueConfig(
+        num_scores=3, kind=kind, layers=2, extra_layers=1, head_init='normal', head_bias=True)
+    params = value.init_value_params(
+        jax.random.key(0), value_config, jax.tree.map(jnp.asarray, pretrained.load_params(file)), file.config)
+    params = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    trunk = value.trunk_config(value_config, file.config)
+    export.write_value(tmp_path / 'value', trunk, params, {'type': kind})
+
+    model = transformers.AutoModel.from_pretrained(tmp_path / 'value', attn_implementation='eager').eval()
+    assert type(model).__name__ == file.family.base_architecture
+    head = safetensors.numpy.load_file(tmp_path / 'value' / export.HEAD)
+    tokens = np.random.default_rng(2).integers(0, 50, (2, 30))
+    with torch.no_grad():
+        hidden = model(torch.tensor(tokens)).last_hidden_state.numpy()
+    if kind == 'v':
+        expected = hidden @ head['kernel'].T + head['bias']
+    else:  # each token is scored at the state before it
+        following = tokens[:, 1:]
+        expected = np.einsum('btd,btkd->btk', hidden[:, :-1], head['kernel'][following]) + head['bias'][following]
+    places = np.broadcast_to(np.arange(30)[None], tokens.shape)
+    scores = networks.value_scores(
+        file.config, value_config, params, jnp.asarray(tokens), jnp.asarray(places),
+        transformer.causal_mask(30)[None], jnp.asarray(places - 1))
+    np.testing.assert_allclose(scores if kind == 'v' else scores[:, 1:], expected, atol=1e-4, rtol=0)
 
 
 @functools.cache
@@ -106,19 +164,6 @@ def test_real_greedy_continuations(name):
     assert published.check_greedy(torch_real(name), file.config, params, prompts) <= 1
 
 
-def varied_texts():
-    rng = np.random.default_rng(0)
-    alphabet = list('abcXYZ 019.,;:!?\'"()[]{}<>|/\\\n\t-_=+*&^%$#@~`éßñ東京😀\u00a0\u200b')
-    words = ['hello', ' world', "don't", "I'LL", '12345', '3.14159', 'def f(x):\n    return x', '<|im_start|>', 'naïve',
-             '<|im_end|>\n', '   ', '\r\n', 'Straße', 'Привет', 'مرحبا', '日本語',
-             '👩‍👩‍👧', 'e\u0301', '<|endoftext|>', '½']
-    yield from words
-    for _ in range(50):
-        yield ''.join(rng.choice(alphabet, size=rng.integers(1, 30)))
-    for _ in range(50):
-        yield ' '.join(rng.choice(words, size=rng.integers(1, 8)))
-
-
 @functools.cache
 def torch_tokenizer():
     """transformers' reading of the file, with the splitting that the file names.
@@ -138,17 +183,11 @@ def torch_tokenizer():
 
 def test_smollm2_token_ids():
     ours, theirs = opened('smollm2')[2], torch_tokenizer()
-    texts = list(varied_texts())
-    assert len(texts) > 100
-    for text in texts:
+    for text in small_tokenizers.varied_texts():
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
 
 
-@pytest.mark.parametrize('messages', [
-    [{'role': 'user', 'content': 'Hi'}],
-    [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': ' 1 + 1 =\n'}],
-    [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}, {'role': 'user', 'content': 'c\n\n'}],
-])
+@pytest.mark.parametrize('messages', small_tokenizers.CHATS)
 def test_smollm2_chat_template(messages):
     ours, theirs = opened('smollm2')[2], torch_tokenizer()
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

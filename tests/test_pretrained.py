@@ -267,17 +267,17 @@ def test_every_format_of_the_package_is_read(tmp_path, monkeypatch, kind, rows):
 
 def test_many_formats_are_known():
     names = {kind.name for kind in dequantised()}
-    assert names >= {'F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K',
-                     'IQ4_NL', 'IQ4_XS', 'IQ2_XXS'}
+    assert names >= {'F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K',
+                     'Q6_K', 'IQ4_NL', 'IQ4_XS', 'IQ2_XXS'}
 
 
 def test_stretch_of_rotary_positions_is_read_from_its_tensor(tmp_path, params):
     factors = np.array([1.0, 1.5, 4.0, 8.0], np.float32)
-    file = pretrained.open_checkpoint(write(tmp_path / 'a.gguf', stored_tensors(params) | {'rope_freqs.weight': factors}))
+    tensors = stored_tensors(params) | {'rope_freqs.weight': factors}
+    file = pretrained.open_checkpoint(write(tmp_path / 'a.gguf', tensors))
     assert file.config.rope_scaling == RopeScaling('factors', factors=(1.0, 1.5, 4.0, 8.0))
     jax.tree.map(np.testing.assert_array_equal, pretrained.load_params(file), params)
-    refused(write(tmp_path / 'b.gguf', stored_tensors(params) | {'rope_freqs.weight': factors},
-                  rope__scaling__type='linear', rope__scaling__factor=2), 'has both')
+    refused(write(tmp_path / 'b.gguf', tensors, rope__scaling__type='linear', rope__scaling__factor=2), 'has both')
 
 
 def test_unknown_metadata_of_the_architecture_are_refused(tmp_path, params):

@@ -177,7 +177,7 @@ def test_special_tokens_that_are_used_must_be_the_same(tmp_path):
     differences = tokenizer_pairs.compare(reference, value)
     tokenizer_pairs.check_used(differences, reference.eos_ids, 'ends an answer')
     place = reference.single_token('<|start_header_id|>')
-    with pytest.raises(ValueError, match=rf"differ in id {place}, '<|start_header_id|>' and '<|other|>', which prompts"):
+    with pytest.raises(ValueError, match=rf"in id {place}, '<|start_header_id|>' and '<|other|>', which prompts"):
         tokenizer_pairs.check_used(differences, reference.encode_chat(small_tokenizers.CHATS[0]), 'prompts hold')
 
 

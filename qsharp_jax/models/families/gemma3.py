@@ -64,7 +64,9 @@ def write(config: TransformerConfig) -> dict[str, Any]:
         **base.decoder_keys(config), 'hidden_activation': 'gelu_pytorch_tanh', 'attention_bias': config.qkv_bias,
         'query_pre_attn_scalar': int(scalar) if scalar == int(scalar) else scalar,
         'final_logit_softcapping': config.logit_cap or None,
-        'sliding_window': max(config.layer_windows, default=0) or None, 'layer_types': base.layer_kinds(config),
+        # The class wants a number even where no layer has a window.
+        'sliding_window': max(config.layer_windows, default=0) or config.max_positions,
+        'layer_types': base.layer_kinds(config),
         'rope_parameters': {base.FULL: base.rope_section(config.rope_base, config.rope_scaling),
                             base.SLIDING: base.rope_section(config.local_rope_base, None)}}
 

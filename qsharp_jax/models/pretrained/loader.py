@@ -1,7 +1,7 @@
 """From a file into shards: one stored tensor at a time, and of it only what each device keeps."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import hashlib
@@ -128,16 +128,15 @@ def put(array: np.ndarray, sharding: jax.sharding.Sharding, dtype: Any) -> Array
     """Returns `array` on the devices in `dtype`; the host copies the part of one device at a time."""
     parts: list[Array] = []
     for device, index in sharding.addressable_devices_indices_map(array.shape).items():
-        # A copy, never the mapped file: what lies there must not change under a running program.
+        # Never the mapped file itself: what lies there must not change under a running program.
         part = jax.device_put(_own(array[index], dtype), device)
         parts.append(part.block_until_ready())
     return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
 
 def _own(array: np.ndarray, dtype: Any) -> np.ndarray:
-    return np.array(array, dtype, order='C', copy=True)
-
-
-def named(names: Sequence[str]) -> str:
-    """Returns names as a text for an error."""
-    return ', '.join(repr(name) for name in names)
+    """Returns an array of its own memory, laid out for XLA; a copy only where it is none yet."""
+    base: Any = array
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base
+    return np.array(array, dtype, order='C', copy=True if isinstance(base, np.memmap) else None)

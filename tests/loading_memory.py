@@ -1,0 +1,77 @@
+"""How much memory the loading of a checkpoint takes beside the arrays that the devices hold.
+
+  python -m tests.loading_memory --checkpoint=FOLDER_OR_FILE --dtype=float32 --devices=8
+
+Prints, in bytes: the largest stored tensor in the type it is loaded in; all arrays together; and the most anonymous
+memory, at any time, above that of the start and above the parts of parameters that devices held by then.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+import threading
+import time
+
+
+def anonymous() -> int:
+    """Anonymous memory of this process in bytes: mapped files, which the system drops at will, are not in it."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('RssAnon:'))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--checkpoint', required=True)
+    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
+    parser.add_argument('--devices', type=int, default=1, choices=(1, 8))
+    args = parser.parse_args()
+    os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={args.devices}'
+
+    import jax
+    import jax.numpy as jnp
+
+    from qsharp_jax import sharding
+    from qsharp_jax.models import pretrained, transformer
+
+    sizes = dict(data=2, fsdp=2, tensor=2) if args.devices == 8 else {}
+    mesh = sharding.make_mesh(**sizes)
+    file = pretrained.open_checkpoint(args.checkpoint)
+    shapes = transformer.param_shapes(file.config)
+    shardings = sharding.param_shardings(mesh, transformer.logical_axes(file.config), shapes)
+    jax.block_until_ready(jnp.zeros(8) + 1)
+
+    held, put = [0], jax.device_put
+
+    def counted(part: object, device: object) -> object:
+        array = jax.block_until_ready(put(part, device))
+        held[0] += array.nbytes
+        return array
+
+    jax.device_put = counted
+    start, most, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            before = held[0]  # a part that is finished in between counts as unfinished: never too little
+            most[0] = max(most[0], anonymous() - start - before)
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    params = pretrained.load_params(file, shardings, args.dtype)
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    after = anonymous() - start - held[0]
+    largest = max(math.prod(weight.stored_shape) for weight in file.weights) * jnp.dtype(args.dtype).itemsize
+    print(json.dumps({
+        'largest': largest, 'held': held[0], 'most': most[0], 'ratio': round(most[0] / largest, 2), 'after': after,
+        'seconds': round(seconds, 1), 'leaves': len(jax.tree.leaves(params))}))
+
+
+if __name__ == '__main__':
+    main()
