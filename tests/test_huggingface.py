@@ -116,10 +116,12 @@ def test_loaded_parameters_outlive_the_file(folder):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     params = random_params(LLAMA)
     shardings = sharding.param_shardings(mesh, transformer.logical_axes(LLAMA), params)
-    loaded = pretrained.load_params(pretrained.open_checkpoint(folder), shardings)
+    file = pretrained.open_checkpoint(folder)
+    loaded, host = pretrained.load_params(file, shardings), pretrained.load_params(file)
     path = folder / 'model.safetensors'
     with path.open('r+b') as stream:
         stream.write(bytes(path.stat().st_size))
+    assert_equal(host, params)
     assert_equal(sharding.to_host(loaded), params)
 
 
