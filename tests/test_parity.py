@@ -112,7 +112,7 @@ GGUF_NAMES = {
     'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm', 'attn_q': 'self_attn.q_proj',
     'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj', 'attn_output': 'self_attn.o_proj',
     'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj',
-    'token_embd': 'embed_tokens', 'output_norm': 'norm'}
+    'token_embd': 'embed_tokens', 'output_norm': 'norm', 'output': 'lm_head'}
 
 
 @functools.cache
@@ -126,7 +126,8 @@ def torch_real(name):
     shape = kind(
         vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.mlp_width,
         num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
-        max_position_embeddings=config.max_positions, rms_norm_eps=config.norm_eps, tie_word_embeddings=True,
+        max_position_embeddings=config.max_positions, rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tied_embeddings,
         rope_parameters={'rope_type': 'default', 'rope_theta': config.rope_base})
     model = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation='eager')
     state = {}
@@ -136,9 +137,10 @@ def torch_real(name):
         if name == 'smollm2' and module in ('attn_q', 'attn_k'):
             heads = config.heads if module == 'attn_q' else config.kv_heads
             array = array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-        layer = f'layers.{place[1]}.' if place else ''
-        state[f'model.{layer}{GGUF_NAMES[module]}.{part}'] = torch.tensor(np.ascontiguousarray(array))
-    state['lm_head.weight'] = state['model.embed_tokens.weight']
+        before = f'model.layers.{place[1]}.' if place else '' if module == 'output' else 'model.'
+        state[f'{before}{GGUF_NAMES[module]}.{part}'] = torch.tensor(np.ascontiguousarray(array))
+    if config.tied_embeddings:
+        state['lm_head.weight'] = state['model.embed_tokens.weight']
     model.load_state_dict(state)
     return model.float().eval()
 
@@ -165,15 +167,23 @@ def test_real_greedy_continuations(name):
 
 
 @functools.cache
-def torch_tokenizer():
+def torch_tokenizer(name):
     """transformers' reading of the file, with the splitting that the file names.
 
     transformers gives every byte-level tokenizer of a GGUF file GPT-2's splitting alone; 'smollm' first sets each
-    number character apart.
+    number character apart. Of Qwen it has a class of its own, which takes vocabulary and merges.
     """
     import transformers
-    path = opened('smollm2')[0].path
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    file = opened(name)[0]
+    if name == 'qwen2':
+        tokens, types = (file.metadata[f'tokenizer.ggml.{key}'] for key in ('tokens', 'token_type'))
+        ordinary = {token: index for index, (token, kind) in enumerate(zip(tokens, types)) if kind == 1}
+        tokenizer = transformers.Qwen2Tokenizer(
+            vocab=ordinary, merges=[tuple(merge.split(' ')) for merge in file.metadata['tokenizer.ggml.merges']])
+        tokenizer.add_tokens([token for token, kind in zip(tokens, types) if kind in (3, 4)], special_tokens=True)
+        tokenizer.chat_template = file.metadata['tokenizer.chat_template']
+        return tokenizer
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
     gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([
         Split(Regex(r'\p{N}'), 'isolated'), Split(Regex(gpt2), 'isolated'),
@@ -181,15 +191,18 @@ def torch_tokenizer():
     return tokenizer
 
 
-def test_smollm2_token_ids():
-    ours, theirs = opened('smollm2')[2], torch_tokenizer()
+@real
+def test_real_token_ids(name):
+    ours, theirs = opened(name)[2], torch_tokenizer(name)
     for text in small_tokenizers.varied_texts():
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+    assert ours.vocab_size == len(theirs)
 
 
+@real
 @pytest.mark.parametrize('messages', small_tokenizers.CHATS)
-def test_smollm2_chat_template(messages):
-    ours, theirs = opened('smollm2')[2], torch_tokenizer()
+def test_real_chat_template(name, messages):
+    ours, theirs = opened(name)[2], torch_tokenizer(name)
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert ours.render_chat(messages) == expected
     assert ours.encode_chat(messages) == theirs.encode(expected, add_special_tokens=False)
