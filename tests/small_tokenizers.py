@@ -188,9 +188,9 @@ def varied_texts() -> list[str]:
     rng = np.random.default_rng(0)
     alphabet = list('abcXYZ 019.,;:!?\'"()[]{}<>|/\\\n\t-_=+*&^%$#@~`éßñ東京😀\u00a0\u200b\u3000\ufeff')
     words = [
-        'hello', ' world', ' unmergeable', "don't", "I'LL", "we'VE", '12345', '3.14159', '1,000,000', '٣٤٥', 'Ⅳ²½', '1st',
-        'def f(x):\n    return x', 'naïve', '   ', '\r\n', '\n\n\n', '\t\t', ' \n ', 'Straße', 'Привет', 'مرحبا', '日本語',
-        '안녕하세요', 'ไทย', 'हिन्दी', '👩‍👩‍👧', '👍🏽', '🇩🇪', 'e\u0301', 'ﬁ', '\u1e9b\u0323', '\u0000', '\x7f', '…—“”',
+        'hello', ' world', ' unmergeable', "don't", "I'LL", "we'VE", '12345', '3.14159', '1,000,000', '٣٤٥', 'Ⅳ²½',
+        '1st', 'def f(x):\n    return x', 'naïve', '   ', '\r\n', '\n\n\n', '\t\t', ' \n ', 'Straße', 'Привет', 'مرحبا',
+        '日本語', '안녕하세요', 'ไทย', 'हिन्दी', '👩‍👩‍👧', '👍🏽', '🇩🇪', 'e\u0301', 'ﬁ', '\u1e9b\u0323', '\u0000', '\x7f', '…—“”',
         'https://example.org/a?b=c&d=%20', '<|im_start|>', '<|im_end|>\n', '<|endoftext|>', '<|eot_id|>',
         '<|begin_of_text|>', '<tool_call>', '<bos>', '<start_of_turn>user', '<|im_sta', '<0x41>', '▁', 'Ġ', '',
         '<|start_header_id|>user<|end_header_id|>\n\nhi']

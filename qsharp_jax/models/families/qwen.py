@@ -24,6 +24,7 @@ GGUF_BIASES = {
 
 def _common(keys: Keys) -> dict[str, Any]:
     keys.expect('hidden_act', 'silu')
+    keys.expect('use_mrope', False)
     shape = base.decoder_shape(keys)
     rope_base, rope_scaling = base.rope(keys, 10000.0)
     layers, first = shape['layers'], keys.take('max_window_layers', 28)

@@ -70,6 +70,8 @@ def read_head(path: Path) -> dict[str, StoredTensor]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is damaged: its head cannot be read ({error!r}).') from error
     for name, tensor in found.items():
+        if tensor.offset < _LENGTH + length or tensor.size < 0:
+            raise ValueError(f'{path} is damaged: the tensor {name!r} begins before the first or ends before it begins.')
         if tensor.offset + tensor.size > size:
             raise ValueError(f'{path} is cut short: the tensor {name!r} ends at byte {tensor.offset + tensor.size}, '
                              f'and the file has {size}.')
