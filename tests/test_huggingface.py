@@ -276,6 +276,8 @@ def test_damaged_files_are_refused(folder, tmp_path):
     place = data.index(b'[24,16]')
     path.write_bytes(data[:place] + b'[24,15]' + data[place + 7:])
     refused(folder, r"'model.embed_tokens.weight' of shape \(24, 15\) and type F32 has 1536 bytes")
+    path.write_bytes(data.replace(b'"data_offsets":[0,', b'"data_offsets":[-', 1))
+    refused(folder, 'cannot begin where its head says|its head cannot be read')
     path.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
     refused(folder, r"\(llama\): the tensor .* is stored as I32; supported: F64, F32, F16, BF16")
     (folder / 'config.json').write_text('{')

@@ -22,7 +22,8 @@ HARMLESS = frozenset({
     'dtype', 'use_cache', 'cache_implementation', 'initializer_range', 'bos_token_id', 'eos_token_id', 'pad_token_id',
     'unk_token_id', 'attention_dropout', 'id2label', 'label2id', 'problem_type', 'output_attentions',
     'output_hidden_states', 'return_dict', 'chunk_size_feed_forward', '_attn_implementation', 'task_specific_params',
-    'finetuning_task', '_num_labels', 'max_length', 'do_sample', 'temperature', 'top_k', 'top_p', 'repetition_penalty', 'auto_map',
+    'finetuning_task', '_num_labels', 'max_length', 'do_sample', 'temperature', 'top_k', 'top_p', 'repetition_penalty',
+    'auto_map',
     'unsloth_fixed', 'unsloth_version', 'tokenizer_class', 'prefix', 'pruned_heads', 'torchscript',
 })
 

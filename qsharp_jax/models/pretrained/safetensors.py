@@ -71,7 +71,7 @@ def read_head(path: Path) -> dict[str, StoredTensor]:
         raise ValueError(f'{path} is damaged: its head cannot be read ({error!r}).') from error
     for name, tensor in found.items():
         if tensor.offset < _LENGTH + length or tensor.size < 0:
-            raise ValueError(f'{path} is damaged: the tensor {name!r} begins before the first or ends before it begins.')
+            raise ValueError(f'{path} is damaged: the tensor {name!r} cannot begin where its head says.')
         if tensor.offset + tensor.size > size:
             raise ValueError(f'{path} is cut short: the tensor {name!r} ends at byte {tensor.offset + tensor.size}, '
                              f'and the file has {size}.')
