@@ -92,7 +92,8 @@ def test_reference_step_equals_full_forward():
     tokens, length, rows = make_tokens((3, 9)), jnp.array([1, 4, 3]), jnp.arange(3)
     mask, step = transformer.causal_mask(9), quick_jit(reference.step)
     expected = np.asarray(networks.reference_logits(TINY, params, tokens, positions_of(tokens), mask))
-    cache = quick_jit(functools.partial(reference.prefill, start=0))(params, tokens[:, :4], length, reference.init_cache(3, 9))
+    prefill = quick_jit(functools.partial(reference.prefill, start=0))
+    cache = prefill(params, tokens[:, :4], length, reference.init_cache(3, 9))
     for _ in range(4):
         logits, cache = step(params, tokens[rows, length], length, cache)
         assert logits.dtype == jnp.float32

@@ -96,7 +96,7 @@ def _fill(row: FitBatch, groups: Sequence[Group], tokens: str) -> None:
         if other:
             raise ValueError(f'unit {other[0]} has another prompt than unit {rollouts[0].unit}: prefix, template or '
                              'tokenizer changed while D was collected. Start in another workdir.')
-        shared = _common(row.tokens[path], prompt)
+        shared = _common(np.asarray(row.tokens)[path], prompt)
         row.ends[path[shared:]] = end
         path = path[:shared] + _chain(row, prompt[shared:], end, path[:shared])
         end += len(prompt) - shared
@@ -183,7 +183,8 @@ class FitBatches:
         self.num_samples = sum(len(group) for group in groups)
         self.num_examples = len(chosen)
         self.shape = rows, length
-        layout = f'{dataset.digest} {rows} {samples_per_row} {prompts_per_row} {seed} {tokens} {length} {chosen.tolist()}'
+        layout = ' '.join(map(str, (dataset.digest, rows, samples_per_row, prompts_per_row, seed, tokens, length,
+                                    chosen.tolist())))
         self.digest = hashlib.sha256(layout.encode()).hexdigest()
         filler = float(dataset.rewards[groups[0][0]])
         self._batches = (

@@ -106,7 +106,8 @@ def start(reference: Reference, value: Value | None, reference_params: Params, v
 
     def filled(network: Reference | Value, params: Params) -> Cache:
         if shared:
-            once = network.prefill(params, prompts[:1, :shared], jnp.full(1, shared), network.init_cache(1, capacity), 0)
+            empty = network.init_cache(1, capacity)
+            once = network.prefill(params, prompts[:1, :shared], jnp.full(1, shared), empty, 0)
             cache = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (unique, *leaf.shape[1:])), once)
         else:
             cache = network.init_cache(unique, capacity)
