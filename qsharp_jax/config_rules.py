@@ -8,6 +8,7 @@ from typing import Any
 CHOICES: dict[str, tuple[str, ...]] = {
     'task.name': ('arithmetic', 'star_graph'),
     'reference.dtype': ('float32', 'bfloat16'),
+    'reference.scan_layers': ('auto', 'yes', 'no'),
     'reference.transformer.positions': ('rope', 'learned'),
     'reference.pretrain.loss': ('target', 'all'),
     'reference.pretrain.optimizer': ('adamw', 'muon'),
@@ -175,6 +176,9 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     if keys['guidance.outside'] == 'soft_bellman' and keys['value.type'] == 'q':
         yield ("config.guidance.outside is 'soft_bellman', which needs the value of the last chosen token, and "
                "config.value.type 'q' has none: choose another rule, or type 'v'.")
+    if keys['fit.frozen_layers'] and keys['value.scan_layers']:
+        yield (f"config.fit.frozen_layers is {keys['fit.frozen_layers']}, and config.value.scan_layers is True: "
+               'stacked layers are trained together or not at all. Set one of them to its default.')
     if keys['fit.accumulate'] > 0 and keys['fit.batch_size'] % keys['fit.accumulate']:
         yield (f'config.fit.accumulate is {keys["fit.accumulate"]}; it must divide config.fit.batch_size, which is '
                f'{keys["fit.batch_size"]}.')

@@ -128,14 +128,27 @@ def init(params: Params, config: OptimizerConfig) -> LearnerState:
     `params` are copied, since updates consume the state's arrays, and a trunk shares its own with the network
     that it was cut from. Raises ValueError when more layers are to be frozen than there are.
     """
+    make = _starter(config)
+    shardings = sharding.beside_params(params, jax.eval_shape(make, params))
+    return jax.jit(make, out_shardings=shardings)(params)
+
+
+def abstract_state(params: Params, config: OptimizerConfig) -> LearnerState:
+    """Returns what `init` would, as jax.ShapeDtypeStructs with shardings; `params` are such as well."""
+    shapes = jax.eval_shape(_starter(config), params)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes,
+        sharding.beside_params(params, shapes))
+
+
+def _starter(config: OptimizerConfig) -> Callable[[Params], LearnerState]:
     optimizer = make_optimizer(config)
 
     def make(params: Params) -> LearnerState:
         trained, _ = _split(params, config)
         return LearnerState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(trained))
 
-    shardings = sharding.beside_params(params, jax.eval_shape(make, params))
-    return jax.jit(make, out_shardings=shardings)(params)
+    return make
 
 
 def make_update(
@@ -144,7 +157,8 @@ def make_update(
     config: OptimizerConfig,
     state: LearnerState,
     accumulate: int = 1,
-) -> Callable[[LearnerState, FitBatch], tuple[LearnerState, Metrics]]:
+    unroll: bool = False,
+) -> Any:
     """Returns one jitted update, (state, batch) -> (state, metrics), which consumes the state it is given.
 
     Args:
@@ -153,6 +167,7 @@ def make_update(
       config: as in `init`.
       state: from `init`, or anything with its shapes; read for where its arrays live, which updates keep.
       accumulate: number of micro-batches that a batch's rows are worked through in, to save memory.
+      unroll: write them out one after the other instead of in a loop, for those who count a program's operations.
 
     The update compiles once per shape of the batch. Metrics are scalars of the whole batch: `loss` (see
     `FitBatch.weights`), `accuracy` (share of tokens, weighted as in the loss, whose predicted mean is on the
@@ -183,7 +198,8 @@ def make_update(
 
             zero = jnp.zeros((), jnp.float32)
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
-            (grads, sums), _ = jax.lax.scan(add, (zeros, (zero, zero)), _micro_batches(batch, accumulate))
+            (grads, sums), _ = jax.lax.scan(
+                add, (zeros, (zero, zero)), _micro_batches(batch, accumulate), unroll=unroll)
         loss, accuracy = sums
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = _merge(optax.apply_updates(trained, updates), frozen)
@@ -357,11 +373,13 @@ def _decayed(params: Params) -> Any:
 def _matrices(params: Params) -> Any:
     """Returns Muon's view of each kernel of the trunk's layers as a matrix, None for what AdamW trains."""
     def view(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if _layer(path) is None or _names(path)[-1] != 'kernel' or leaf.ndim < 2:
+        if _layer(path) is None and 'layers' not in _names(path) or _names(path)[-1] != 'kernel' or leaf.ndim < 2:
             return None
+        # The layers of a stack are matrices each.
+        first = int('layers' in _names(path))
         # Attention's output kernel is [heads, head_dim, embed]; every other one has a single input axis.
-        inputs = leaf.ndim - 1 if _names(path)[-2] == 'output' else 1
-        return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, leaf.ndim)))
+        inputs = leaf.ndim - 1 if _names(path)[-2] == 'output' else first + 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, inputs)), tuple(range(inputs, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(view, params)
 
@@ -374,6 +392,9 @@ def _split(params: Params, config: OptimizerConfig) -> tuple[Params, Params]:
     """Returns the trained parameters and the frozen ones, each with None in the place of the other's."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     layers = 1 + max((layer for path in paths if (layer := _layer(path)) is not None), default=-1)
+    if config.frozen_layers and any('layers' in _names(path) for path in paths):
+        raise ValueError(f'frozen_layers is {config.frozen_layers}, and the layers are stacked, which are trained '
+                         'together or not at all: set value.scan_layers to False.')
     if config.frozen_layers > layers:
         raise ValueError(f'frozen_layers is {config.frozen_layers}, but the trunk has {layers} layers.')
 

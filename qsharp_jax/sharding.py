@@ -236,13 +236,25 @@ def constrain_rows(tree: Any, like: jax.Array) -> Any:
     layout of their own, and the compiler may well keep them whole.
 
     Args:
-      tree: of arrays with rows as leading axis.
+      tree: of arrays with rows as leading axis. A node with an attribute `axes` (logical names, or None, of the axes
+        of all its arrays) has those split as well: the keys and values of different heads are never mixed, so a
+        cache lies where the heads are computed.
       like: an argument of the jitted function that tells the mesh; off a mesh, `tree` is returned as it is.
     """
     mesh = jax.typeof(like).sharding.mesh
     if not set(BATCH_AXES) <= set(mesh.axis_names):
         return tree
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+
+    def place(node: Any) -> Any:
+        def one(leaf: jax.Array) -> jax.Array:
+            _, *others = _partition(mesh, 'cache', (None, *node.axes[1:]), leaf.shape) or (None,)
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *others)))
+
+        if hasattr(node, 'axes'):
+            return jax.tree.map(one, node)
+        return jax.lax.with_sharding_constraint(node, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+
+    return jax.tree.map(place, tree, is_leaf=lambda node: hasattr(node, 'axes'))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:

@@ -89,6 +89,8 @@ class TransformerConfig:
       dtype: of the computation; norms, softmax and logits are float32 always.
       param_dtype: of freshly initialised parameters.
       remat: recompute each block in the backward pass instead of storing its activations.
+      scan_layers: run one compiled block over the stacked parameters of all layers instead of a copy of it for each.
+        The same numbers; compiles many times faster, and runs slower where stacks are copied, as on CPU.
     """
 
     vocab_size: int
@@ -122,6 +124,7 @@ class TransformerConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = False
+    scan_layers: bool = False
 
     def __post_init__(self) -> None:
         for name in SIZES:

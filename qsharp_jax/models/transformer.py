@@ -5,7 +5,8 @@ a plain tree of arrays; `logical_axes` names their dimensions for sharding.
 """
 from __future__ import annotations
 
-from typing import cast
+import dataclasses
+from typing import Any, cast
 
 from flax import linen as nn
 from flax import struct
@@ -17,20 +18,33 @@ from qsharp_jax.models.layers import Block, Norm, parameter, rope_frequencies, R
 from qsharp_jax.types import Array, Params
 
 __all__ = [
-    'KVCache', 'RopeScaling', 'Transformer', 'TransformerConfig', 'axis_names', 'causal_mask', 'count_params',
-    'extend', 'hidden_states', 'init_cache', 'init_params', 'logical_axes', 'logits', 'param_shapes']
+    'KVCache', 'LAYER', 'RopeScaling', 'STACK', 'Transformer', 'TransformerConfig', 'axis_names', 'causal_mask',
+    'count_params', 'extend', 'hidden_states', 'init_cache', 'init_params', 'logical_axes', 'logits', 'param_shapes',
+    'separate_layers', 'stack_layers']
+
+
+LAYER = 'layers_'  # begins the name of a layer in a tree of parameters, before its number
+STACK = 'layers'  # the name of all of them, stacked, where they are scanned
+
+# Of the layers with one window: rotation, mask of the new tokens, mask of the cached ones.
+Shared = tuple[tuple[Array, Array] | None, Array, Array | None]
 
 
 @struct.dataclass
 class KVCache:
     """Keys (rotated) and values of the tokens so far; slot p of a row holds its position p.
 
-    One array per layer rather than a stack, which XLA on CPU copies in every step; each laid out for the
-    product that reads it, which makes attention in a decode step about three times faster there.
+    One array per layer rather than a stack, which XLA on CPU copies in every step, unless the layers are scanned;
+    each laid out for the product that reads it, which makes attention in a decode step about three times faster there.
     """
 
-    keys: tuple[Array, ...]  # layers x [B, Hkv, Dh, S]
-    values: tuple[Array, ...]  # layers x [B, Hkv, S, Dh]
+    keys: tuple[Array, ...]  # layers x [B, Hkv, Dh, S], or one [B, layers, Hkv, Dh, S]
+    values: tuple[Array, ...]  # layers x [B, Hkv, S, Dh], or one [B, layers, Hkv, S, Dh]
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical names of the axes of its arrays, as `sharding.constrain_rows` wants them."""
+        return (None, *(None,) * (self.keys[0].ndim - 4), 'kv_heads')
 
     @property
     def capacity(self) -> int:
@@ -44,11 +58,13 @@ def init_cache(config: TransformerConfig, batch: int, capacity: int) -> KVCache:
         raise ValueError(
             f'A cache of {capacity} slots was asked for; this model allows 1 to {config.max_positions} '
             'positions. Shorten the prompt or max_new_tokens.')
-    keys = (batch, config.kv_heads, config.head_dim, capacity)
-    values = (batch, config.kv_heads, capacity, config.head_dim)
+    # Rows lead in a stack as well, so that they can be repeated and picked alike.
+    leading, arrays = ((batch, config.layers), 1) if config.scan_layers else ((batch,), config.layers)
+    keys = (*leading, config.kv_heads, config.head_dim, capacity)
+    values = (*leading, config.kv_heads, capacity, config.head_dim)
     return KVCache(
-        keys=tuple(jnp.zeros(keys, config.dtype) for _ in range(config.layers)),
-        values=tuple(jnp.zeros(values, config.dtype) for _ in range(config.layers)))
+        keys=tuple(jnp.zeros(keys, config.dtype) for _ in range(arrays)),
+        values=tuple(jnp.zeros(values, config.dtype) for _ in range(arrays)))
 
 
 def causal_mask(length: int) -> Array:
@@ -74,7 +90,10 @@ class Transformer(nn.Module):
         if not config.tied_embeddings:
             self.head = table('head', config.vocab_size, 'vocab')
         block = nn.remat(Block) if config.remat else Block
-        self.layers = [block(config) for _ in range(config.layers)]
+        if config.scan_layers:
+            self.block = block(config, parent=None)
+        else:
+            self.layers = [block(config) for _ in range(config.layers)]
         self.final_norm = Norm(config)
         if config.restart_layer:
             self.restart_norm = Norm(config)
@@ -101,20 +120,60 @@ class Transformer(nn.Module):
             cache_mask = (jnp.arange(cache.capacity)[None] < cache_length[:, None])[:, None]
         # What layers of one window share: how tokens are rotated, and which of them see which.
         windows = sorted({config.window(index) for index in range(config.layers)})
-        shared = {window: (_rotation(config, positions, window > 0),
-                           *_within(window, positions, block_mask, cache_mask)) for window in windows}
+        shared = [(_rotation(config, positions, window > 0), *_within(window, positions, block_mask, cache_mask))
+                  for window in windows]
+        which = [windows.index(config.window(index)) for index in range(config.layers)]
+        if config.scan_layers:
+            x, cache = self._scanned(x, shared, which, cache, cache_length, commit)
+            return self.final_norm(x), cache
         keys, values = [], []
         embedded = x
         for index, layer in enumerate(self.layers):
             if config.restart_layer and index == config.restart_layer:
-                x = self.restart_norm(x) + self.restart_token_norm(embedded)
+                x = self._restarted(x, embedded)
             old = None if cache is None else (cache.keys[index], cache.values[index])
-            rotation, seen, cache_seen = shared[config.window(index)]
+            rotation, seen, cache_seen = shared[which[index]]
             x, key, value = layer(x, rotation, seen, None if cache_seen is None else old, cache_seen)
             if old is not None:
-                keys.append(_write(old[0], key[..., :commit], cache_length, axis=3))
-                values.append(_write(old[1], value[:, :, :commit], cache_length, axis=2))
+                keys.append(_write(old[0], key[..., :commit], cache_length, axis=-1))
+                values.append(_write(old[1], value[:, :, :commit], cache_length, axis=-2))
         return self.final_norm(x), None if cache is None else KVCache(tuple(keys), tuple(values))
+
+    def _restarted(self, x: Array, embedded: Array) -> Array:
+        return self.restart_norm(x) + self.restart_token_norm(embedded)
+
+    def _scanned(
+        self, x: Array, shared: list[Shared], which: list[int], cache: KVCache | None, cache_length: Array | None,
+        commit: int,
+    ) -> tuple[Array, KVCache | None]:
+        """Returns what the layers make of `x` [B, T, D], and the new cache: one block, over stacked parameters."""
+        config, embedded = self.config, x
+        # Without a window every new token sees the same cached ones, and the mask has one row for all.
+        several = jax.tree.map(lambda *kinds: jnp.stack(jnp.broadcast_arrays(*kinds)), *shared)
+        restarted = None if not config.restart_layer else self._restarted
+
+        def one(carry: tuple[Array, KVCache | None], layer: tuple[Params, Array, Array]) -> tuple[Any, None]:
+            x, cache = carry
+            params, index, kind = layer
+            if restarted is not None:
+                x = jnp.where(index == config.restart_layer, restarted(x, embedded), x)
+            mine: Shared = jax.tree.map(lambda kinds: _layer(kinds, kind, axis=0), several)
+            rotation, seen, cache_seen = mine
+            # The cache is carried whole and written in place: as an input and output of each layer it would be copied.
+            old = None
+            if cache is not None and cache_seen is not None:
+                old = _layer(cache.keys[0], index), _layer(cache.values[0], index)
+            x, key, value = cast(tuple[Array, Array, Array], self.block.apply(
+                {'params': params}, x, rotation, seen, old, cache_seen))
+            if cache is not None:
+                cache = KVCache(
+                    (_write(cache.keys[0], key[..., :commit], cache_length, -1, index),),
+                    (_write(cache.values[0], value[:, :, :commit], cache_length, -2, index),))
+            return (x, cache), None
+
+        layers = self.variables['params'][STACK], jnp.arange(config.layers), jnp.asarray(which)
+        (x, cache), _ = jax.lax.scan(one, (x, cache), layers)
+        return x, cache
 
     def logits(self, hidden: Array) -> Array:
         """Returns float32 [..., V] from normalised hidden states [..., D]."""
@@ -148,9 +207,7 @@ def logical_axes(config: TransformerConfig) -> Params:
 
 def axis_names(boxed: Params) -> Params:
     """Returns the axis names of a tree of parameters that still carry them."""
-    def is_box(node: object) -> bool:
-        return isinstance(node, nn.meta.AxisMetadata)
-    return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=_is_box)
 
 
 def hidden_states(
@@ -218,9 +275,39 @@ def count_params(params: Params) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
+def stack_layers(params: Params, config: TransformerConfig) -> Params:
+    """Returns parameters of separate layers as `config` has them: stacked along a new first axis, or as they are."""
+    if not config.scan_layers:
+        return params
+    layers = [params[f'{LAYER}{index}'] for index in range(config.layers)]
+    others = {name: part for name, part in params.items() if not name.startswith(LAYER)}
+    return {**others, STACK: jax.tree.map(lambda *parts: jnp.stack(parts), *layers)}
+
+
+def separate_layers(params: Params, config: TransformerConfig) -> Params:
+    """Returns parameters with each layer under a name of its own, whichever way they were."""
+    if not config.scan_layers:
+        return params
+    others = {name: part for name, part in params.items() if name != STACK}
+    return {**others, **{f'{LAYER}{index}': jax.tree.map(lambda stack: stack[index], params[STACK])
+                         for index in range(config.layers)}}
+
+
 def _boxed_init(key: Array, config: TransformerConfig) -> Params:
+    """Returns fresh parameters that carry the names of their axes. The draws do not depend on `scan_layers`."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config).init(key, tokens, tokens, causal_mask(1), None, None, 0)['params']
+    separate = dataclasses.replace(config, scan_layers=False)
+    params = Transformer(separate).init(key, tokens, tokens, causal_mask(1), None, None, 0)['params']
+    if not config.scan_layers:
+        return params
+    names = jax.tree.map(lambda box: box.names, params[f'{LAYER}0'], is_leaf=_is_box)
+    stacked = stack_layers(nn.meta.unbox(params), config)[STACK]
+    boxed = jax.tree.map(lambda leaf, axes: nn.LogicallyPartitioned(leaf, (STACK, *axes)), stacked, names)
+    return {**{name: part for name, part in params.items() if not name.startswith(LAYER)}, STACK: boxed}
+
+
+def _is_box(node: object) -> bool:
+    return isinstance(node, nn.meta.AxisMetadata)
 
 
 def _rotation(config: TransformerConfig, positions: Array, windowed: bool) -> tuple[Array, Array] | None:
@@ -245,14 +332,29 @@ def _within(
     return block_mask, cache_mask
 
 
-def _write(array: Array, new: Array, start: Array | None, axis: int) -> Array:
-    """Returns `array` [B, Hkv, ...] with `new` in the slots of `axis` from `start` [B] on (None: from 0)."""
+def _layer(stack: Array, index: Array, axis: int = 1) -> Array:
+    return jax.lax.dynamic_index_in_dim(stack, index, axis, keepdims=False)
+
+
+def _write(array: Array, new: Array, start: Array | None, axis: int, layer: Array | None = None) -> Array:
+    """Returns a cache with `new` [B, Hkv, ...] in the slots from `start` [B] on (None: from 0).
+
+    Args:
+      array: of one layer, [B, Hkv, ...], or of all of them, [B, N, Hkv, ...].
+      new: of one layer.
+      start: the first slot of each row.
+      axis: of the slots in `new`, from behind: -1 or -2.
+      layer: which of all the layers; None for a cache of one.
+    """
     count = new.shape[axis]
     if start is None:
-        return jax.lax.dynamic_update_slice_in_dim(array, new, 0, axis)
+        if layer is None:
+            return jax.lax.dynamic_update_slice_in_dim(array, new, 0, axis)
+        return jax.lax.dynamic_update_slice_in_dim(array, new[:, None], layer, 1)
     rows = jnp.arange(array.shape[0])[:, None]
     slots = start[:, None] + jnp.arange(count)[None]
     # What is indexed comes first: [B, count, Hkv, Dh].
-    place = (rows, slice(None), slice(None), slots) if axis == 3 else (rows, slice(None), slots)
+    which = (rows,) if layer is None else (rows, layer)
+    place = (*which, slice(None), slice(None), slots) if axis == -1 else (*which, slice(None), slots)
     new = jnp.moveaxis(new, axis, 1)
     return array.at[place].set(new, mode='drop', unique_indices=True, indices_are_sorted=True)

@@ -132,7 +132,7 @@ def is_copied(value_config: ValueConfig, base_config: TransformerConfig, path: t
     if value_config.init == 'scratch' or name == 'head':
         return False
     copied = trunk_config(value_config, base_config).layers - value_config.extra_layers
-    return not name.startswith('layers_') or int(name.removeprefix('layers_')) < copied
+    return not name.startswith(transformer.LAYER) or int(name.removeprefix(transformer.LAYER)) < copied
 
 
 def init_value_params(
@@ -146,13 +146,17 @@ def init_value_params(
     Args:
       key: for what is drawn fresh.
       value_config: the shape and the start.
-      base_params: parameters of the base, of which those are read that `is_copied` names.
+      base_params: parameters of the base, of which those are read that `is_copied` names; its layers may be stacked or
+        not, whatever those of the value model are.
       base_config: the base's config.
     """
     config = trunk_config(value_config, base_config)
     trunk_key, head_key = jax.random.split(key)
-    trunk = dict(transformer.init_params(trunk_key, config))
-    extra = {f'layers_{config.layers - 1 - index}' for index in range(value_config.extra_layers)}
+    separate = dataclasses.replace(config, scan_layers=False)
+    stacked = dataclasses.replace(base_config, scan_layers=transformer.STACK in base_params)
+    base_params = transformer.separate_layers(base_params, stacked)
+    trunk = dict(transformer.init_params(trunk_key, separate))
+    extra = {f'{transformer.LAYER}{config.layers - 1 - index}' for index in range(value_config.extra_layers)}
     for name in trunk:
         if name in extra:
             if value_config.extra_input == 'stream':
@@ -165,7 +169,7 @@ def init_value_params(
     if value_config.head_init == 'lm_head':
         table = base_params['embedding' if base_config.tied_embeddings else 'head']
         head['kernel'] = jnp.broadcast_to(table[:, None], head['kernel'].shape).astype(config.param_dtype)
-    return {'trunk': trunk, 'head': head}
+    return {'trunk': transformer.stack_layers(trunk, config), 'head': head}
 
 
 def logical_axes(value_config: ValueConfig, base_config: TransformerConfig) -> Params:

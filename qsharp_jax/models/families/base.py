@@ -13,7 +13,6 @@ import numpy as np
 from qsharp_jax.models import transformer
 from qsharp_jax.models.transformer import RopeScaling, TransformerConfig
 
-LAYER = 'layers_'  # begins the name of a block in our parameter tree, before its number
 FULL, SLIDING = 'full_attention', 'sliding_attention'
 
 # Keys of a config.json that change no logit of a forward pass in evaluation, whatever their value.
@@ -107,16 +106,16 @@ class Format:
     prefix: str = ''
 
     def weights(self, config: TransformerConfig) -> list[Weight]:
-        """Returns where each parameter of `config` is stored.
+        """Returns where each parameter of `config` is stored, of each layer by itself also where layers are scanned.
 
         Raises:
           ValueError: the model has a parameter that this format has no name for.
         """
-        shapes = transformer.param_shapes(config)
+        shapes = transformer.param_shapes(dataclasses.replace(config, scan_layers=False))
         found = []
         for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
             path = tuple(key.key for key in keys)
-            number = path[0].removeprefix(LAYER) if path[0].startswith(LAYER) else ''
+            number = path[0].removeprefix(transformer.LAYER) if path[0].startswith(transformer.LAYER) else ''
             kind = '/'.join(('*', *path[1:]) if number else path)
             if kind not in self.names:
                 raise ValueError(f'the model has the parameter {"/".join(path)!r}, which this format cannot store.')

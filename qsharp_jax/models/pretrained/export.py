@@ -18,7 +18,7 @@ from qsharp_jax.models.families import FAMILIES, Family, Weight
 from qsharp_jax.models.families.base import Keys
 from qsharp_jax.models.pretrained import safetensors
 from qsharp_jax.models.pretrained.huggingface import CONFIG, INDEX, SINGLE
-from qsharp_jax.models.transformer import TransformerConfig
+from qsharp_jax.models.transformer import LAYER, STACK, TransformerConfig
 from qsharp_jax.types import Params
 
 HEAD, HEAD_CONFIG = 'value_head.safetensors', 'value_head.json'
@@ -33,7 +33,7 @@ def family_of(config: TransformerConfig) -> Family:
     Raises:
       ValueError: there is none: no class of `transformers` computes what this model does.
     """
-    plain = dataclasses.replace(config, dtype=jnp.float32, param_dtype=jnp.float32, remat=False)
+    plain = dataclasses.replace(config, dtype=jnp.float32, param_dtype=jnp.float32, remat=False, scan_layers=False)
     for family in FAMILIES.values():
         try:
             found = family.read(Keys(family.write(plain), family.name, 'the config', {}))
@@ -122,13 +122,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _entry(weights: list[Weight], params: Params) -> _Entry:
     """Returns a stored tensor of one or several parameters: shape, type, and what fetches and arranges it."""
-    leaves = [functools.reduce(lambda tree, key: tree[key], weight.path, params) for weight in weights]
+    found = [_find(weight, params) for weight in weights]
+    leaves = [leaf for leaf, _ in found]
 
     def get() -> np.ndarray:
-        parts = [weight.write(np.asarray(sharding.to_host(leaf))) for weight, leaf in zip(weights, leaves)]
+        parts = [weight.write(np.asarray(sharding.to_host(leaf if layer is None else leaf[layer])))
+                 for weight, (leaf, layer) in zip(weights, found)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
     return weights[0].stored_shape, np.dtype(leaves[0].dtype), get
+
+
+def _find(weight: Weight, params: Params) -> tuple[Any, int | None]:
+    """Returns the array that holds a parameter, and which of its layers it is where they are stacked."""
+    layer, path = None, weight.path
+    if STACK in params and path[0].startswith(LAYER):
+        layer, path = int(path[0].removeprefix(LAYER)), (STACK, *path[1:])
+    return functools.reduce(lambda tree, key: tree[key], path, params), layer
 
 
 def _bytes(entry: _Entry) -> int:

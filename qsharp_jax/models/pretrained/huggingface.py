@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from qsharp_jax.models import families
-from qsharp_jax.models.families import Keys
+from qsharp_jax.models.families import Family, Keys
 from qsharp_jax.models.pretrained import safetensors
 from qsharp_jax.models.pretrained.loader import Checkpoint, match
+from qsharp_jax.models.transformer import TransformerConfig
 
 CONFIG, SINGLE, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 
@@ -20,22 +21,31 @@ def open_folder(path: Path) -> Checkpoint:
       ValueError: a file is missing or damaged, the architecture is not known, a key of config.json may change the maths
         and is not supported, or a tensor does not fit; with its name and the family.
     """
-    keys = read_json(path / CONFIG)
+    family, config, keys = read_config(path / CONFIG)
+    files, tensors = _tensors(path)
+    weights = match(path, family, family.tensors, config, tensors)
+    return Checkpoint(path, (path / CONFIG, *files), family, family.tensors, config, weights, tensors, keys)
+
+
+def read_config(file: Path) -> tuple[Family, TransformerConfig, dict[str, Any]]:
+    """Returns the family and the shape that a config.json describes, and its keys.
+
+    Raises:
+      ValueError: as `open_folder`, as far as it can be known without the weights.
+    """
+    keys = read_json(file)
     name = keys.get('model_type')
     if name not in families.FAMILIES:
         allowed = ', '.join(families.FAMILIES)
-        raise ValueError(f'{path / CONFIG} describes the architecture {name!r}; allowed: {allowed}.')
+        raise ValueError(f'{file} describes the architecture {name!r}; allowed: {allowed}.')
     family = families.FAMILIES[name]
-    files, tensors = _tensors(path)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    reader = Keys(keys, family.name, str(path / CONFIG), shapes)
+    reader = Keys(keys, family.name, str(file), {})
     try:
         config = family.read(reader)
     except TypeError as error:  # a number that is a text, or a section that is none
-        raise ValueError(f'{path / CONFIG} ({family.name}) has a value of the wrong type: {error}') from error
+        raise ValueError(f'{file} ({family.name}) has a value of the wrong type: {error}') from error
     reader.finish()
-    weights = match(path, family, family.tensors, config, tensors)
-    return Checkpoint(path, (path / CONFIG, *files), family, family.tensors, config, weights, tensors, keys)
+    return family, config, keys
 
 
 def read_json(path: Path) -> dict[str, Any]:

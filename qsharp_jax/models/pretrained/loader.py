@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax.models.families import Family, Format, Weight
-from qsharp_jax.models.transformer import TransformerConfig
+from qsharp_jax.models.transformer import LAYER, STACK, TransformerConfig
 from qsharp_jax.types import Array, Params
 
 
@@ -106,22 +107,53 @@ def load_params(checkpoint: Checkpoint, shardings: Params = None, dtype: Any = n
 
     Args:
       checkpoint: from `open_checkpoint`, which has checked all of it.
-      shardings: a tree like the parameters that are wanted; None for NumPy arrays on the host.
+      shardings: a tree like the parameters that are wanted; None for NumPy arrays on the host. Where it has the layers
+        stacked, the stacks are filled in place, layer by layer.
       dtype: of the parameters.
       wanted: whether a parameter, by its keys, is read at all.
     """
     params: dict[str, Any] = {}
+    stacked = shardings is not None and STACK in shardings
     for weight in checkpoint.weights:
         if not wanted(weight.path):
             continue
         *keys, last = weight.path
+        layer = None
+        if stacked and keys and keys[0].startswith(LAYER):
+            layer = int(keys[0].removeprefix(LAYER))
+            keys[0] = STACK
         place, sharding = params, shardings
         for key in keys:
             place = place.setdefault(key, {})
             sharding = None if shardings is None else sharding[key]
         ours = weight.read(checkpoint.tensors[weight.name].read(np.dtype(dtype)))
-        place[last] = _own(ours, dtype) if shardings is None else put(ours, sharding[last], dtype)
+        if shardings is None:
+            place[last] = _own(ours, dtype)
+        elif layer is None:
+            place[last] = put(ours, sharding[last], dtype)
+        else:
+            if last not in place:
+                place[last] = _empty((checkpoint.config.layers, *ours.shape), sharding[last], dtype)
+            place[last] = put_layer(place[last], ours, layer)
     return params
+
+
+def put_layer(stack: Array, array: np.ndarray, layer: int) -> Array:
+    """Returns `stack` [N, ...] with `array` as one of its layers, written in place; `stack` is given up."""
+    one = jax.sharding.NamedSharding(stack.sharding.mesh, jax.sharding.PartitionSpec(*stack.sharding.spec[1:]))
+    filled = _write_layer(stack, put(array, one, stack.dtype), layer, out_sharding=stack.sharding)
+    # The part that was written is freed before the next tensor is read.
+    return filled.block_until_ready()
+
+
+def _empty(shape: tuple[int, ...], sharding: jax.sharding.Sharding, dtype: Any) -> Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+@functools.partial(jax.jit, static_argnames=('out_sharding',), donate_argnums=0)
+def _write_layer(stack: Array, array: Array, layer: Array, out_sharding: jax.sharding.Sharding) -> Array:
+    filled = jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
+    return jax.lax.with_sharding_constraint(filled, out_sharding)
 
 
 def put(array: np.ndarray, sharding: jax.sharding.Sharding, dtype: Any) -> Array:
