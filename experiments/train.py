@@ -20,13 +20,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('--workdir', type=Path, required=True, help='directory of everything the run makes')
     parser.add_argument('--dry_run', action='store_true',
                         help='print configuration, parameter counts, shapes and memory, and stop')
+    parser.add_argument('--topology', default='', metavar='v5e:4x4',
+                        help='with --dry_run: compile for these TPUs and print memory, work and the largest batch')
     config, others = cli.parse_config(argv)
     args = parser.parse_args(others)
     if config is None:
         parser.error('add --config=configs/arithmetic.py:tiny or another file')
 
     from qsharp_jax import train  # after the command line is known to be right: it takes seconds to import
-    train.run(config, args.workdir, dry_run=args.dry_run)
+    train.run(config, args.workdir, dry_run=args.dry_run, topology=args.topology)
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import jax
 from qsharp_jax import config as config_lib
 from qsharp_jax import sharding, units
 from qsharp_jax.data import prompts as prompts_lib
+from qsharp_jax.data.tokenizers import UnknownTokenizer
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.models import transformer
 from qsharp_jax.models import value as value_lib
@@ -51,7 +52,7 @@ def plan(parts: Experiment) -> str:
     config, mesh, shape = parts.config, parts.mesh, parts.reference_config
     trunk = value_lib.trunk_config(parts.value_config, parts.value_shape)
     reference, fitted = _shapes(parts)
-    made, prompts, width = _training_prompts(parts)
+    made, prompts, width = training_prompts(parts)
     slots = width + parts.rollout.buffer
     rows = max(config.collect.batch_rows, config.eval.batch_rows)
     shards = sharding.batch_shards(mesh)
@@ -85,21 +86,22 @@ def plan(parts: Experiment) -> str:
     return '\n'.join(lines)
 
 
-def _shapes(parts: Experiment) -> tuple[Params, Params]:
-    """Returns the shapes of the reference's parameters and of the value network's."""
-    return transformer.param_shapes(parts.reference_config), parts.value_target
-
-
-def _training_prompts(parts: Experiment) -> tuple[bool, int, int]:
+def training_prompts(parts: Experiment) -> tuple[bool, int, int]:
     """Returns whether the task's files are made, and how many training prompts there are of at most how many tokens.
 
     Files that are not there are not made: the config then says how many, and what their longest may be.
     """
     task = parts.config.task
-    if prompts_lib.task_config(task).builder(task.data_dir).is_prepared():
+    known = not isinstance(parts.tokenizer, UnknownTokenizer)
+    if known and prompts_lib.task_config(task).builder(task.data_dir).is_prepared():
         train = parts.prompts('train')
         return True, len(train), units.prompt_width(train)
     return False, task[task.name].train_examples, units.round_up(task.max_prompt_tokens, 8)
+
+
+def _shapes(parts: Experiment) -> tuple[Params, Params]:
+    """Returns the shapes of the reference's parameters and of the value network's."""
+    return transformer.param_shapes(parts.reference_config), parts.value_target
 
 
 def _cache_bytes(config: TransformerConfig, rows: int, slots: int) -> float:

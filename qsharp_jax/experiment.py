@@ -17,7 +17,7 @@ import numpy as np
 from qsharp_jax import categorical, checkpoint, decoding, references, rewards, sharding, units
 from qsharp_jax.categorical import ReturnDistribution
 from qsharp_jax.data import prompts as prompts_lib
-from qsharp_jax.data import tokenizer_pairs
+from qsharp_jax.data import tokenizer_pairs, tokenizers
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.models import networks, transformer
 from qsharp_jax.models import value as value_lib
@@ -168,16 +168,23 @@ class Experiment:
         }
 
 
-def outline(config: ml_collections.ConfigDict, workdir: Path) -> Experiment:
+def outline(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh | None = None) -> Experiment:
     """Returns the experiment that a checked config describes without the reference's weights: `load` adds them.
 
     Nothing is computed or written. Whatever can be known to be wrong before anything costly is refused here.
 
+    Args:
+      config: of the run.
+      workdir: where everything the run makes is kept.
+      mesh: of devices that are only compiled for; None for the devices there are. With a mesh, networks need no
+        weights, and where they are given by a config.json alone no tokenizer.
+
     Raises:
       ValueError: a package, file, or device is missing, or keys do not fit each other; in words.
     """
-    mesh = sharding.make_mesh(**config.mesh)
-    shape, tokenizer = references.outline(config)
+    planned = mesh is not None
+    mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
+    shape, tokenizer = references.outline(config, mesh, planned)
     value = config.value
     distribution = categorical.make(value.head, value.v_min, value.v_max, value.num_atoms, value.projection,
                                     value.sigma)
@@ -189,10 +196,11 @@ def outline(config: ml_collections.ConfigDict, workdir: Path) -> Experiment:
     if config.guidance.candidates > vocab_size:
         raise ValueError(f'guidance.candidates is {config.guidance.candidates}, but the vocabulary has '
                          f'{vocab_size} tokens: lower it.')
-    value_shape, value_tokenizer = references.value_outline(config, shape, tokenizer)
+    value_shape, value_tokenizer = references.value_outline(config, shape, tokenizer, planned)
     eos_ids = prompts_lib.eos_ids(config.task, tokenizer)
     differences: tokenizer_pairs.Differences = {}
-    if config.value.source:
+    unknown = any(isinstance(one, tokenizers.UnknownTokenizer) for one in (tokenizer, value_tokenizer))
+    if config.value.source and not unknown:
         differences = tokenizer_pairs.compare(tokenizer, value_tokenizer)
         tokenizer_pairs.check_used(differences, eos_ids, 'ends an answer')
         if value_shape.vocab_size < vocab_size:

@@ -16,7 +16,8 @@ import ml_collections
 
 from qsharp_jax import checkpoint, collect
 from qsharp_jax import config as config_lib
-from qsharp_jax import describe, experiment, fit, progress, report
+from qsharp_jax import describe, experiment, fit, fits, progress, report, sharding
+from qsharp_jax import topology as topology_lib
 from qsharp_jax.categorical import OFFSETS
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows, replace_text
@@ -26,15 +27,27 @@ from qsharp_jax.types import Params
 _NOTHING_YET = {'config.json', 'config.json.tmp', 'timings.json', 'timings.json.tmp'}
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, dry_run: bool = False) -> Path | None:
+def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = False,
+        topology: str = '') -> Path | None:
     """Runs an experiment to its end, or on from where it was killed, and returns the path of its report.
 
     Args:
       config: checked, from `config.load`.
       workdir: where everything the run makes is kept.
       dry_run: print what would run, and stop; the work directory is not touched.
+      topology: of a dry run: TPUs to compile its programs for, such as 'v5e:4x4'; '' for none.
+
+    Raises:
+      ValueError: a topology is given and it is no dry run, or there is no such topology.
     """
     directory = Path(workdir)
+    if topology:
+        if not dry_run:
+            raise ValueError(f'--topology {topology} names devices that are only compiled for: add --dry_run.')
+        chips = topology_lib.parse(topology)
+        mesh = sharding.make_mesh(**config.mesh, devices=topology_lib.devices(chips))
+        print(fits.report(experiment.outline(config, directory, mesh), chips))
+        return None
     progress.set_seconds_between_lines(config.logging.progress_seconds)
     parts = experiment.outline(config, directory)
     if dry_run:

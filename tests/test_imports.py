@@ -16,11 +16,12 @@ LAYERS = (
     ('types',),
     ('categorical', 'guidance', 'estimators', 'calibration'),
     ('config_rules', 'config', 'progress', 'metrics', 'cli', 'report'),
-    ('sharding', 'data', 'rewards', 'models', 'decoding'),
+    ('sharding', 'topology', 'data', 'rewards', 'models', 'decoding'),
     ('rollout', 'units', 'learner', 'checkpoint', 'baselines'),
     ('references', 'experiment'),
     ('collect', 'fit', 'evaluate'),
-    ('results', 'describe'),
+    ('results', 'describe', 'programs'),
+    ('fits',),
     ('train', 'generate', 'export'),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}

@@ -195,6 +195,35 @@ class VocabularyTokenizer(Tokenizer):
         raise ValueError('A closed vocabulary has no chat template. Set task.chat to False.')
 
 
+class UnknownTokenizer(Tokenizer):
+    """Stands for the tokenizer of a model of which only the sizes are known. It has ids, and no texts for them."""
+
+    bos_id = None
+    fingerprint = ''
+
+    def __init__(self, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        self.vocab_size = vocab_size
+        self.eos_ids = eos_ids
+
+    def encode(self, text: str) -> list[int]:
+        raise ValueError(f'{text!r} cannot be encoded: the model is described without its tokenizer.')
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise ValueError('there are no texts: the model is described without its tokenizer.')
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        raise ValueError('there is no chat template: the model is described without its tokenizer.')
+
+    def single_token(self, text: str) -> int:
+        return 0  # some id: which one changes no shape
+
+
+def from_config(path: Path, vocab_size: int) -> UnknownTokenizer:
+    """Returns what stands for the tokenizer of a model of which there is nothing but this config.json."""
+    ends = _read_json(path).get('eos_token_id', 0)
+    return UnknownTokenizer(vocab_size, frozenset(ends if isinstance(ends, list) else [ends]))
+
+
 def from_vocabulary(tokens: Sequence[str], eos: str, joint: str = '') -> VocabularyTokenizer:
     """Returns the tokenizer of a closed vocabulary; ids are places in `tokens`, `eos` is one of them.
 

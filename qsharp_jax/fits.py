@@ -1,0 +1,260 @@
+"""Does a run fit TPUs that are not there, and how fast could it be: its programs compiled for them, in numbers."""
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+
+import jax
+
+from qsharp_jax import describe, programs, sharding, units
+from qsharp_jax.experiment import Experiment
+from qsharp_jax.models import value as value_lib
+from qsharp_jax.programs import Compiled, Sizes, TooLarge
+from qsharp_jax.topology import Topology
+
+_GIBI = 2 ** 30
+_ATTEMPTS = 4  # programs compiled in search of the largest batch
+_RESERVED = 2 ** 28  # bytes that the compiler keeps of each device's memory; one that does not fit says it exactly
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one run of a program does on one device.
+
+    Attributes:
+      flops: arithmetic operations.
+      bytes: read from and written to memory, as XLA counts them: each operand of each fused operation once.
+    """
+
+    flops: float
+    bytes: float
+
+    def plus(self, other: Cost, times: float) -> Cost:
+        """Returns this cost and another one, so many times."""
+        return Cost(self.flops + times * other.flops, self.bytes + times * other.bytes)
+
+    def seconds(self, topology: Topology) -> tuple[float, str]:
+        """Returns the least time that a device can take, and whether arithmetic or memory is the reason."""
+        arithmetic, memory = self.flops / topology.flops, self.bytes / topology.bandwidth
+        return (arithmetic, 'arithmetic') if arithmetic > memory else (memory, 'memory')
+
+
+def report(parts: Experiment, topology: Topology) -> str:
+    """Returns memory, work and least time of prefill, decode step and fit step, and the largest batch that fits.
+
+    Args:
+      parts: an outline whose mesh is of the topology's devices.
+      topology: what they are.
+    """
+    sizes = sizes_of(parts)
+    reference, value = parts.reference_config, value_lib.trunk_config(parts.value_config, parts.value_shape)
+    mesh = ', '.join(f'{axis}={size}' for axis, size in parts.mesh.shape.items())
+    generation = topology.generation
+    held = _bytes(programs.reference_params(parts))
+    trained = _bytes(parts.value_target)
+    lines = [
+        f'topology    {topology.name}: {parts.mesh.size} devices with {generation.memory / generation.cores / _GIBI:g} '
+        f'GiB, {topology.flops / 1e12:g} TFLOP/s (bfloat16) and {topology.bandwidth / 1e9:g} GB/s each',
+        f'mesh        {mesh}',
+        f'layers      reference {reference.layers}, {_how(reference.scan_layers)}; value {value.layers}, '
+        f'{_how(value.scan_layers)}',
+        f'parameters  reference {held / _GIBI:.2f} GiB a device ({reference.param_dtype.name}), value '
+        f'{trained / _GIBI:.2f} GiB ({value.param_dtype.name})',
+        '', f'{"memory of a device, GiB":<44} arguments  of it caches  temporaries  outputs not aliased  together  '
+        'compiled in']
+    compiled = decoding_programs(parts, sizes)
+    if isinstance(compiled, TooLarge):
+        lines.append(_refused(f'decode, {sizes.rows} rows x {sizes.width + sizes.buffer} slots', compiled))
+    else:
+        start, decode = compiled
+        caches = _bytes(jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            _caches(start.executable.out_info), _caches(start.executable.output_shardings)))
+        lines += [_row(f'prefill, {sizes.prompts} prompts x {sizes.width} tokens', start, 0),
+                  _row(f'decode, {sizes.rows} rows x {sizes.width + sizes.buffer} slots', decode, caches)]
+    frozen = parts.config.fit.frozen_layers
+    name = f'fit, {sizes.fit_rows} rows x {sizes.fit_length} tokens in {sizes.accumulate} part(s)'
+    try:
+        fitted = programs.compile_(lambda: programs.update(parts, sizes, frozen))
+        lines += [_row(name, fitted, 0), f'{"  and the reference beside it":<44} '
+                  f'{(fitted.memory.total + held) / _GIBI:>64.2f}']
+    except TooLarge as error:
+        lines.append(_refused(name, error))
+    lines += ['', f'{"work of a device":<44}    TFLOP  GB moved  at least', *(
+        f'{name:<44} {cost.flops / 1e12:8.4f}  {cost.bytes / 1e9:8.2f}  {1e3 * seconds:.2f} ms, by {reason}'
+        for name, cost in costs(parts, sizes).items() for seconds, reason in [cost.seconds(topology)])]
+    best = largest_batch(parts, sizes, generation.memory / generation.cores - _RESERVED, compiled)
+    lines += ['', f'largest batch that compiled within memory: {best} rows decoded at once' if best else
+              'no batch of any size can be decoded: take more devices, or split the parameters over more of them.']
+    return '\n'.join(lines)
+
+
+def sizes_of(parts: Experiment) -> Sizes:
+    """Returns the shapes that a run's config leads to; its longest prompts are those of the task, or as configured."""
+    config, buffer = parts.config, parts.rollout.buffer
+    _, _, width = describe.training_prompts(parts)
+    rows = config.collect.batch_rows
+    length = config.fit.prompts_per_row * (width + config.fit.samples_per_row * buffer)
+    return Sizes(rows=rows, prompts=prompts_among(parts, rows), width=width, buffer=buffer,
+                 fit_rows=config.fit.batch_size, fit_length=units.round_up(length, 16),
+                 accumulate=config.fit.accumulate)
+
+
+def prompts_among(parts: Experiment, rows: int) -> int:
+    """Returns how many distinct prompts a batch of collected answers has, as `units.batches` lays them out."""
+    return math.ceil(rows / parts.config.collect.samples) + 1
+
+
+def decoding_programs(parts: Experiment, sizes: Sizes) -> tuple[Compiled, Compiled] | TooLarge:
+    """Returns prefill and decode; or why one of them cannot be."""
+    try:
+        start = programs.compile_(lambda: programs.prefill(parts, sizes))
+        return start, programs.compile_(lambda: programs.decode(parts, sizes, start))
+    except TooLarge as error:
+        return error
+
+
+def costs(parts: Experiment, sizes: Sizes) -> dict[str, Cost]:
+    """Returns what prefill, one decode step and one gradient step do.
+
+    The compiler counts the body of a loop once. That is right for the loop over steps; layers and parts of a gradient
+    are counted instead in programs with one and with two of them, none in a loop: every further one costs as much.
+    """
+    networks = parts.reference_config.layers, value_lib.trunk_config(
+        parts.value_config, parts.value_shape).layers - parts.value_config.extra_layers
+
+    @functools.cache
+    def decoding(reference: int, value: int) -> tuple[Cost, Cost]:
+        short = programs.with_layers(parts, reference, value)
+        start = programs.compile_(lambda: programs.prefill(short, sizes))
+        return _cost(start), _cost(programs.compile_(lambda: programs.decode(short, sizes, start)))
+
+    frozen = parts.config.fit.frozen_layers
+    least = (min(frozen, 1), 1 if frozen < networks[1] else 0)
+
+    def fitting(accumulate: int, frozen: int, trained: int) -> Cost:
+        short = programs.with_layers(parts, 1, frozen + trained)
+        rows = accumulate * (sizes.fit_rows // sizes.accumulate)
+        part = dataclasses.replace(sizes, fit_rows=rows, accumulate=accumulate)
+        return _cost(programs.compile_(lambda: programs.update(short, part, frozen, unroll=True)))
+
+    def fitted(accumulate: int) -> Cost:
+        return extrapolate(functools.partial(fitting, accumulate), least, (frozen, networks[1] - frozen))
+
+    return {
+        f'prefill, {sizes.prompts} prompts': extrapolate(lambda *n: decoding(*n)[0], (1, 1), networks),
+        f'decode step, {sizes.rows} rows': extrapolate(lambda *n: decoding(*n)[1], (1, 1), networks),
+        f'fit step, {sizes.fit_rows} rows': extrapolate(fitted, (1,), (sizes.accumulate,)),
+    }
+
+
+def extrapolate(measure: Callable[..., Cost], few: tuple[int, ...], many: tuple[int, ...]) -> Cost:
+    """Returns the cost of `many` of each kind of part, of which every further one costs the same.
+
+    Args:
+      measure: the cost of so many of each kind.
+      few: of each kind the fewest that can be measured.
+      many: of each kind how many there are.
+    """
+    total = base = measure(*few)
+    for kind, (start, end) in enumerate(zip(few, many, strict=True)):
+        if end > start:
+            more = measure(*(count + (other == kind) for other, count in enumerate(few)))
+            total = total.plus(more.plus(base, -1), end - start)
+    return total
+
+
+def largest_batch(parts: Experiment, sizes: Sizes, memory: float,
+                  found: tuple[Compiled, Compiled] | TooLarge) -> int:
+    """Returns the most rows for which prefill and decode were compiled within memory; 0 if there are none.
+
+    Memory grows in proportion to rows, so a few programs lead to it.
+
+    Args:
+      parts: an outline.
+      sizes: whose rows were tried first.
+      memory: of a device, in bytes.
+      found: what became of them.
+    """
+    step = sharding.batch_shards(parts.mesh)
+    rows, tried = sizes.rows, Tried({}, set(), memory)
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            found = decoding_programs(parts, dataclasses.replace(sizes, rows=rows, prompts=prompts_among(parts, rows)))
+        tried.add(rows, found)
+        guess = tried.next_rows(step)
+        if guess in tried.taken or guess == 0:
+            break
+        rows = guess
+    return max(tried.fitting, default=0)
+
+
+@dataclasses.dataclass
+class Tried:
+    """Numbers of rows that were compiled for.
+
+    Attributes:
+      taken: memory that each needs, in bytes.
+      fitting: those that there is enough of it for.
+      memory: how much there is.
+    """
+
+    taken: dict[int, float]
+    fitting: set[int]
+    memory: float
+
+    def add(self, rows: int, found: tuple[Compiled, Compiled] | TooLarge) -> None:
+        """Notes what became of the programs for so many rows."""
+        if isinstance(found, TooLarge):
+            self.taken[rows] = found.needed
+            self.memory = self.memory if math.isnan(found.available) else found.available
+        else:
+            self.taken[rows] = max(program.memory.total for program in found)
+            self.fitting.add(rows)
+
+    def next_rows(self, step: int) -> int:
+        """Returns the multiple of `step` to try next; one that was tried if there is nothing better, 0 likewise."""
+        most, too_many = max(self.fitting, default=0), min(self.taken.keys() - self.fitting, default=None)
+        if len(self.taken) == 1:
+            guess = 2 * most if most else (too_many or 0) // 2
+        else:
+            low, high = sorted(sorted(self.taken, key=lambda rows: abs(self.taken[rows] - self.memory))[:2])
+            slope = (self.taken[high] - self.taken[low]) / (high - low)
+            # A little less: close to the limit the compiler begins to trade memory for work.
+            guess = int(low + 0.99 * (self.memory - self.taken[low]) / slope) if slope > 0 else 2 * high
+        guess = guess // step * step
+        if too_many is not None and guess >= too_many:
+            guess = (most + too_many) // 2 // step * step
+        return max(guess, most)
+
+
+def _cost(compiled: Compiled) -> Cost:
+    found = compiled.executable.cost_analysis() or {}
+    return Cost(found['flops'], found['bytes accessed'])
+
+
+def _caches(state: object) -> object:
+    return getattr(state, 'reference_cache'), getattr(state, 'value_cache')
+
+
+def _bytes(tree: object) -> int:
+    """Returns the memory of jax.ShapeDtypeStructs with shardings on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(tree))
+
+
+def _how(scanned: bool) -> str:
+    return 'scanned' if scanned else 'one by one'
+
+
+def _row(name: str, compiled: Compiled, caches: float) -> str:
+    memory = compiled.memory
+    return (f'{name:<44} {memory.arguments / _GIBI:9.2f}  {caches / _GIBI:12.2f}  {memory.temporaries / _GIBI:11.2f}  '
+            f'{(memory.outputs - memory.aliased) / _GIBI:19.2f}  {memory.total / _GIBI:8.2f}  '
+            f'{compiled.seconds:9.1f} s')
+
+
+def _refused(name: str, error: TooLarge) -> str:
+    return (f'{name:<44} does not fit: {error.needed / _GIBI:.2f} GiB of {error.available / _GIBI:.2f}')

@@ -1,0 +1,211 @@
+"""The programs that a run spends its time in, compiled from shapes alone for the devices of its mesh.
+
+They are the run's own functions with the run's own shardings; only the arrays are missing.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qsharp_jax import decoding, fit, learner, sharding
+from qsharp_jax.data.packing import FitBatch
+from qsharp_jax.experiment import Experiment
+from qsharp_jax.models import networks, transformer
+from qsharp_jax.models import value as value_lib
+from qsharp_jax.models.transformer import TransformerConfig
+from qsharp_jax.types import Params, Policy
+
+_UNITS = {'': 1, 'K': 2 ** 10, 'M': 2 ** 20, 'G': 2 ** 30, 'T': 2 ** 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The shapes of what a run works on at once.
+
+    Attributes:
+      rows: answers decoded together, B.
+      prompts: distinct prompts among them, U.
+      width: tokens of the longest prompt, P.
+      buffer: tokens of the longest answer, T.
+      fit_rows: rows of a gradient step, over all its parts.
+      fit_length: tokens of such a row.
+      accumulate: parts of a gradient step.
+    """
+
+    rows: int
+    prompts: int
+    width: int
+    buffer: int
+    fit_rows: int
+    fit_length: int
+    accumulate: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a program takes on each device, in bytes.
+
+    Attributes:
+      arguments: what it is given; on the device before and after, unless it is aliased.
+      outputs: what it returns.
+      aliased: the part of the outputs that is written where an argument was.
+      temporaries: what it needs besides while it runs.
+      code: its instructions.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """The most that is taken at once."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program.
+
+    Attributes:
+      memory: what it takes.
+      seconds: that lowering and compiling took.
+      executable: what XLA made.
+    """
+
+    memory: Memory
+    seconds: float
+    executable: jax.stages.Compiled
+
+
+class TooLarge(Exception):
+    """A program does not fit the memory of a device.
+
+    Attributes:
+      needed: what it would take, in bytes; infinite if the compiler does not say.
+      available: what there is for programs, in bytes; NaN if the compiler does not say.
+    """
+
+    def __init__(self, text: str) -> None:
+        """`text` is what the compiler said."""
+        super().__init__(text)
+        found = re.search(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm', text)
+        self.needed = float(found[1]) * _UNITS[found[2]] if found else math.inf
+        self.available = float(found[3]) * _UNITS[found[4]] if found else math.nan
+
+
+def compile_(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
+    """Returns a program compiled.
+
+    Args:
+      lower: traces it, as `jax.jit(f).lower` does.
+
+    Raises:
+      TooLarge: it does not fit.
+    """
+    began = time.perf_counter()
+    try:
+        executable = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        raise TooLarge(str(error)) from error
+    found: Any = executable.memory_analysis()
+    memory = Memory(
+        arguments=found.argument_size_in_bytes, outputs=found.output_size_in_bytes,
+        aliased=found.alias_size_in_bytes, temporaries=found.temp_size_in_bytes,
+        code=found.generated_code_size_in_bytes)
+    return Compiled(memory, time.perf_counter() - began, executable)
+
+
+def prefill(parts: Experiment, sizes: Sizes, guided: bool = True) -> jax.stages.Lowered:
+    """Returns `decoding.start`: the prompts through both networks, and a cache of its own for each row."""
+    mesh, split = parts.mesh, sharding.batch_sharding(parts.mesh)
+    whole = sharding.replicated(mesh)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), sizes.rows))
+    return decoding.start.lower(
+        parts.reference, parts.value if guided else None, reference_params(parts),
+        parts.value_target if guided else None,
+        _array((sizes.prompts, sizes.width), jnp.int32, whole), _array((sizes.prompts,), jnp.int32, whole),
+        _array((sizes.rows,), jnp.int32, split), _array(keys.shape, keys.dtype, split),
+        _array((sizes.rows,), jnp.int32, split), buffer=sizes.buffer)
+
+
+def decode(parts: Experiment, sizes: Sizes, start: Compiled, guided: bool = True) -> jax.stages.Lowered:
+    """Returns `decoding.decode`, the loop over steps, from the state that `start` leaves."""
+    split = sharding.batch_sharding(parts.mesh)
+    rows = _array((sizes.rows,), jnp.float32, split)
+    policy = Policy(eta=rows, temperature=rows, top_k=_array((sizes.rows,), jnp.int32, split), top_p=rows,
+                    reference_temperature=rows)
+    state = jax.tree.map(
+        lambda leaf, place: _array(leaf.shape, leaf.dtype, place), start.executable.out_info,
+        start.executable.output_shardings)
+    how = parts.guidance(parts.config.guidance.offset) if guided else decoding.Guidance()
+    return decoding.decode.lower(
+        parts.reference, how, reference_params(parts), parts.value_target if guided else None, policy, state,
+        eos_ids=parts.eos_ids)
+
+
+def update(parts: Experiment, sizes: Sizes, frozen_layers: int, unroll: bool = False) -> jax.stages.Lowered:
+    """Returns one gradient step of the fit.
+
+    Args:
+      parts: an outline.
+      sizes: of its batch.
+      frozen_layers: as in the config's section `fit`.
+      unroll: write the parts of an accumulated gradient out one after the other instead of in a loop.
+    """
+    section = parts.config.fit
+    optimizer = dataclasses.replace(
+        fit.optimizer_config(section, section.warmup_steps + 1), frozen_layers=frozen_layers)
+    state = learner.abstract_state(parts.value_target, optimizer)
+
+    def array(dtype: Any) -> Any:
+        return _array((sizes.fit_rows, sizes.fit_length), dtype, sharding.batch_sharding(parts.mesh))
+
+    whole, real = array(jnp.int32), array(jnp.float32)
+    batch = FitBatch(tokens=whole, ends=whole, positions=whole, parents=whole, examples=whole, answer_positions=whole,
+                     rewards=real, weights=real)
+    step = learner.make_update(fit.scores_fn(parts), parts.distribution, optimizer, state, sizes.accumulate, unroll)
+    return step.lower(state, batch)
+
+
+def with_layers(parts: Experiment, reference: int, value: int) -> Experiment:
+    """Returns the same run with networks of fewer layers, none of them scanned: of their costs all others follow.
+
+    Args:
+      parts: an outline.
+      reference: layers of the reference.
+      value: layers of the value network below its extra ones.
+    """
+    def shortened(shape: TransformerConfig, layers: int) -> TransformerConfig:
+        return dataclasses.replace(shape, layers=layers, layer_windows=shape.layer_windows[:layers], scan_layers=False)
+
+    shape = shortened(parts.reference_config, reference)
+    base = dataclasses.replace(parts.value_shape, scan_layers=False)
+    init = 'truncate' if parts.value_config.init in value_lib.WHOLE else parts.value_config.init
+    value_config = dataclasses.replace(parts.value_config, init=init, layers=value)
+    return dataclasses.replace(
+        parts, reference_config=shape, reference=networks.reference(shape, parts.reference.vocab_size),
+        value_config=value_config, value_shape=base, value=networks.value(base, value_config))
+
+
+def reference_params(parts: Experiment) -> Params:
+    """The reference's parameters as jax.ShapeDtypeStructs with shardings."""
+    shape = parts.reference_config
+    shapes = transformer.param_shapes(shape)
+    shardings = sharding.param_shardings(parts.mesh, transformer.logical_axes(shape), shapes)
+    return jax.tree.map(lambda leaf, place: _array(leaf.shape, leaf.dtype, place), shapes, shardings)
+
+
+def _array(shape: tuple[int, ...], dtype: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
