@@ -1,12 +1,13 @@
 """Does a run fit TPUs that are not there, and how fast could it be: its programs compiled for them, in numbers."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import math
 
 import jax
+import jax.numpy as jnp
 
 from qsharp_jax import describe, programs, sharding, units
 from qsharp_jax.experiment import Experiment
@@ -15,6 +16,8 @@ from qsharp_jax.programs import Compiled, Sizes, TooLarge
 from qsharp_jax.topology import Topology
 
 _GIBI = 2 ** 30
+_NAME = 44  # characters of what a line is about
+_COLUMNS = ('arguments', 'of it caches', 'temporaries', 'new outputs', 'outputs in place', 'together', 'compiled in')
 _ATTEMPTS = 4  # programs compiled in search of the largest batch
 _RESERVED = 2 ** 28  # bytes that the compiler keeps of each device's memory; one that does not fit says it exactly
 
@@ -41,8 +44,10 @@ class Cost:
         return (arithmetic, 'arithmetic') if arithmetic > memory else (memory, 'memory')
 
 
-def report(parts: Experiment, topology: Topology) -> str:
-    """Returns memory, work and least time of prefill, decode step and fit step, and the largest batch that fits.
+def report(parts: Experiment, topology: Topology) -> Iterator[str]:
+    """Yields lines: memory, work and least time of prefill, decode step and fit step, and the largest batch that fits.
+
+    Each comes as soon as it is known; all of them take minutes.
 
     Args:
       parts: an outline whose mesh is of the topology's devices.
@@ -50,45 +55,41 @@ def report(parts: Experiment, topology: Topology) -> str:
     """
     sizes = sizes_of(parts)
     reference, value = parts.reference_config, value_lib.trunk_config(parts.value_config, parts.value_shape)
-    mesh = ', '.join(f'{axis}={size}' for axis, size in parts.mesh.shape.items())
-    generation = topology.generation
-    held = _bytes(programs.reference_params(parts))
-    trained = _bytes(parts.value_target)
-    lines = [
-        f'topology    {topology.name}: {parts.mesh.size} devices with {generation.memory / generation.cores / _GIBI:g} '
-        f'GiB, {topology.flops / 1e12:g} TFLOP/s (bfloat16) and {topology.bandwidth / 1e9:g} GB/s each',
-        f'mesh        {mesh}',
-        f'layers      reference {reference.layers}, {_how(reference.scan_layers)}; value {value.layers}, '
-        f'{_how(value.scan_layers)}',
-        f'parameters  reference {held / _GIBI:.2f} GiB a device ({reference.param_dtype.name}), value '
-        f'{trained / _GIBI:.2f} GiB ({value.param_dtype.name})',
-        '', f'{"memory of a device, GiB":<44} arguments  of it caches  temporaries  outputs not aliased  together  '
-        'compiled in']
-    compiled = decoding_programs(parts, sizes)
-    if isinstance(compiled, TooLarge):
-        lines.append(_refused(f'decode, {sizes.rows} rows x {sizes.width + sizes.buffer} slots', compiled))
+    memory = topology.generation.memory / topology.generation.cores
+    held, trained = _bytes(programs.reference_params(parts)), _bytes(parts.value_target)
+    yield (f'topology    {topology.name}: {parts.mesh.size} devices, each with {memory / _GIBI:g} GiB, '
+           f'{topology.flops / 1e12:g} TFLOP/s (bfloat16) and {topology.bandwidth / 1e9:g} GB/s')
+    yield 'mesh        ' + ', '.join(f'{axis}={size}' for axis, size in parts.mesh.shape.items())
+    yield (f'layers      reference {reference.layers}, {_how(reference.scan_layers)}; value {value.layers}, '
+           f'{_how(value.scan_layers)}')
+    yield (f'parameters  reference {held / _GIBI:.2f} GiB a device ({jnp.dtype(reference.param_dtype).name}), value '
+           f'{trained / _GIBI:.2f} GiB ({jnp.dtype(value.param_dtype).name})')
+    yield f'\n{"memory of a device, GiB":<{_NAME}} ' + '  '.join(_COLUMNS)
+    first = decoding_programs(parts, sizes)
+    name = f'decode, {sizes.rows} rows x {sizes.width + sizes.buffer} slots'
+    if isinstance(first, TooLarge):
+        yield _refused(name, first)
     else:
-        start, decode = compiled
+        start, decode = first
         caches = _bytes(jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             _caches(start.executable.out_info), _caches(start.executable.output_shardings)))
-        lines += [_row(f'prefill, {sizes.prompts} prompts x {sizes.width} tokens', start, 0),
-                  _row(f'decode, {sizes.rows} rows x {sizes.width + sizes.buffer} slots', decode, caches)]
-    frozen = parts.config.fit.frozen_layers
+        yield _row(f'prefill, {sizes.prompts} prompts x {sizes.width} tokens', start, 0)
+        yield _row(name, decode, caches)
     name = f'fit, {sizes.fit_rows} rows x {sizes.fit_length} tokens in {sizes.accumulate} part(s)'
     try:
-        fitted = programs.compile_(lambda: programs.update(parts, sizes, frozen))
-        lines += [_row(name, fitted, 0), f'{"  and the reference beside it":<44} '
-                  f'{(fitted.memory.total + held) / _GIBI:>64.2f}']
+        fitted = programs.compile_(lambda: programs.update(parts, sizes, parts.config.fit.frozen_layers))
+        yield _row(name, fitted, 0)
+        yield f'  the frozen reference is held beside it: together {(fitted.memory.total + held) / _GIBI:.2f}'
     except TooLarge as error:
-        lines.append(_refused(name, error))
-    lines += ['', f'{"work of a device":<44}    TFLOP  GB moved  at least', *(
-        f'{name:<44} {cost.flops / 1e12:8.4f}  {cost.bytes / 1e9:8.2f}  {1e3 * seconds:.2f} ms, by {reason}'
-        for name, cost in costs(parts, sizes).items() for seconds, reason in [cost.seconds(topology)])]
-    best = largest_batch(parts, sizes, generation.memory / generation.cores - _RESERVED, compiled)
-    lines += ['', f'largest batch that compiled within memory: {best} rows decoded at once' if best else
-              'no batch of any size can be decoded: take more devices, or split the parameters over more of them.']
-    return '\n'.join(lines)
+        yield _refused(name, error)
+    yield f'\n{"work of a device":<{_NAME}}     TFLOP  GB moved  at least'
+    for name, cost in costs(parts, sizes):
+        seconds, reason = cost.seconds(topology)
+        yield f'{name:<{_NAME}} {cost.flops / 1e12:9.4f}  {cost.bytes / 1e9:8.2f}  {1e3 * seconds:.2f} ms, by {reason}'
+    best = largest_batch(parts, sizes, memory - _RESERVED, first)
+    yield (f'\nlargest batch: {best} rows decoded at once compiled within memory' if best else
+           '\nno batch that was tried fits: take more devices, or split the parameters over more of them.')
 
 
 def sizes_of(parts: Experiment) -> Sizes:
@@ -116,8 +117,8 @@ def decoding_programs(parts: Experiment, sizes: Sizes) -> tuple[Compiled, Compil
         return error
 
 
-def costs(parts: Experiment, sizes: Sizes) -> dict[str, Cost]:
-    """Returns what prefill, one decode step and one gradient step do.
+def costs(parts: Experiment, sizes: Sizes) -> Iterator[tuple[str, Cost]]:
+    """Yields what prefill, one decode step and one gradient step do.
 
     The compiler counts the body of a loop once. That is right for the loop over steps; layers and parts of a gradient
     are counted instead in programs with one and with two of them, none in a loop: every further one costs as much.
@@ -143,11 +144,9 @@ def costs(parts: Experiment, sizes: Sizes) -> dict[str, Cost]:
     def fitted(accumulate: int) -> Cost:
         return extrapolate(functools.partial(fitting, accumulate), least, (frozen, networks[1] - frozen))
 
-    return {
-        f'prefill, {sizes.prompts} prompts': extrapolate(lambda *n: decoding(*n)[0], (1, 1), networks),
-        f'decode step, {sizes.rows} rows': extrapolate(lambda *n: decoding(*n)[1], (1, 1), networks),
-        f'fit step, {sizes.fit_rows} rows': extrapolate(fitted, (1,), (sizes.accumulate,)),
-    }
+    yield f'prefill, {sizes.prompts} prompts', extrapolate(lambda *n: decoding(*n)[0], (1, 1), networks)
+    yield f'decode step, {sizes.rows} rows', extrapolate(lambda *n: decoding(*n)[1], (1, 1), networks)
+    yield f'fit step, {sizes.fit_rows} rows', extrapolate(fitted, (1,), (sizes.accumulate,))
 
 
 def extrapolate(measure: Callable[..., Cost], few: tuple[int, ...], many: tuple[int, ...]) -> Cost:
@@ -251,10 +250,10 @@ def _how(scanned: bool) -> str:
 
 def _row(name: str, compiled: Compiled, caches: float) -> str:
     memory = compiled.memory
-    return (f'{name:<44} {memory.arguments / _GIBI:9.2f}  {caches / _GIBI:12.2f}  {memory.temporaries / _GIBI:11.2f}  '
-            f'{(memory.outputs - memory.aliased) / _GIBI:19.2f}  {memory.total / _GIBI:8.2f}  '
-            f'{compiled.seconds:9.1f} s')
+    sizes = memory.arguments, caches, memory.temporaries, memory.outputs - memory.aliased, memory.aliased, memory.total
+    columns = [f'{size / _GIBI:{len(title)}.2f}' for size, title in zip(sizes, _COLUMNS)]
+    return f'{name:<{_NAME}} ' + '  '.join([*columns, f'{compiled.seconds:{len(_COLUMNS[-1]) - 2}.1f} s'])
 
 
 def _refused(name: str, error: TooLarge) -> str:
-    return (f'{name:<44} does not fit: {error.needed / _GIBI:.2f} GiB of {error.available / _GIBI:.2f}')
+    return f'{name:<{_NAME}} does not fit: {error.needed / _GIBI:.2f} GiB of {error.available / _GIBI:.2f}'

@@ -63,11 +63,15 @@ class Topology:
     shape: tuple[int, ...]
 
     @property
+    def chips(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+    @property
     def environment(self) -> dict[str, str]:
         """What libtpu asks the environment for where no TPU tells it."""
-        chips = math.prod(self.shape)
         return {
-            'TPU_ACCELERATOR_TYPE': f'{self.generation.accelerator}-{self.generation.units * chips}',
+            'TPU_ACCELERATOR_TYPE': f'{self.generation.accelerator}-{self.generation.units * self.chips}',
             'TPU_WORKER_HOSTNAMES': 'localhost',
             # Otherwise it looks for a server that only machines with TPUs have.
             'TPU_SKIP_MDS_QUERY': '1',
@@ -117,7 +121,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     os.environ['JAX_PLATFORMS'] = 'cpu'
     jax.config.update('jax_platforms', 'cpu')
     options = {}
-    if math.prod(topology.shape) == 1:  # less than the host that libtpu expects
+    if topology.chips == 1:  # less than the host that libtpu expects
         options['chips_per_host_bounds'] = topology.shape + (1,) * (3 - len(topology.shape))
     try:
         found = topologies.get_topology_desc(platform='tpu', topology_name=topology.name, **options)

@@ -46,7 +46,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
             raise ValueError(f'--topology {topology} names devices that are only compiled for: add --dry_run.')
         chips = topology_lib.parse(topology)
         mesh = sharding.make_mesh(**config.mesh, devices=topology_lib.devices(chips))
-        print(fits.report(experiment.outline(config, directory, mesh), chips))
+        for line in fits.report(experiment.outline(config, directory, mesh), chips):
+            print(line, flush=True)
         return None
     progress.set_seconds_between_lines(config.logging.progress_seconds)
     parts = experiment.outline(config, directory)
