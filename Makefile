@@ -49,5 +49,5 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp
 
 $(VENV)/parity.stamp: $(VENV)/test.stamp
 	$(PIP) torch==2.13.0
-	$(PIP) -e .[test,parity]
+	$(PIP) -e .[test,parity,tpu]
 	touch $@

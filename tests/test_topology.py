@@ -162,19 +162,31 @@ def test_where_nothing_fits_nothing_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_a_small_model_is_compiled_for_four_chips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_model_is_compiled_for_four_chips(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = dict(
-        model_type='llama', hidden_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
+        model_type='llama', hidden_size=512, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4,
         intermediate_size=1024, vocab_size=2048, max_position_embeddings=2048, eos_token_id=1)
     (tmp_path / 'shape.json').write_text(json.dumps(sizes))
     changes = dict(task__name='arithmetic', reference__source=tmp_path / 'shape.json', reference__dtype='bfloat16',
-                   value__layers=4, mesh__tensor=2, mesh__data=2, sampling__max_new_tokens=96, fit__accumulate=2)
+                   value__init='truncate', value__layers=3, mesh__tensor=2, mesh__data=2, sampling__max_new_tokens=96,
+                   fit__accumulate=2)
+    counted = {}
+    costs = fits.costs
+
+    def kept(parts: experiment.Experiment, sizes: programs.Sizes):
+        counted.update(costs(parts, sizes))
+        return counted.items()
+
+    monkeypatch.setattr(fits, 'costs', kept)
+    monkeypatch.setattr(fits, 'largest_batch', lambda *arguments: 16)
     entry.main([*tiny.arguments(tmp_path / 'data', tmp_path / 'run', **changes), '--dry_run', '--topology=v5e:2x2'])
     text = capsys.readouterr().out
-    assert 'mesh        data=2, fsdp=1, tensor=2' in text and 'reference 6, scanned; value 4, one by one' in text
+    assert 'mesh        data=2, fsdp=1, tensor=2' in text and 'reference 5, scanned; value 3, one by one' in text
     for name in ('prefill', 'decode, 16 rows x 128 slots', 'fit, 8 rows', 'decode step, 16 rows', 'largest batch: '):
         assert name in text
     assert os.environ['TPU_ACCELERATOR_TYPE'] == 'v5litepod-4'
+    assert not (tmp_path / 'run').exists()
 
     # The counts that follow from one and two layers are those of all layers written out.
     config = tiny.config(tmp_path / 'data', **changes, reference__scan_layers='no')
@@ -183,21 +195,11 @@ def test_a_small_model_is_compiled_for_four_chips(tmp_path: Path, capsys: pytest
     shapes = fits.sizes_of(parts)
     start, decode = fits.decoding_programs(parts, shapes)
     update = programs.compile_(lambda: programs.update(parts, shapes, 0, unroll=True))
-    scanned = experiment.outline(config_of(config, 'yes'), tmp_path / 'run', mesh)
-    counted = dict(fits.costs(scanned, shapes))
     for (name, cost), whole in zip(counted.items(), (start, decode, update), strict=True):
         expected = fits._cost(whole)
         assert cost.flops == pytest.approx(expected.flops, rel=0.03), name
         assert cost.bytes == pytest.approx(expected.bytes, rel=0.1), name
-    _, looped = fits.decoding_programs(scanned, shapes)
-    assert fits._cost(looped).flops < 0.9 * counted['decode step, 16 rows'].flops
     # State and caches are written where they were; the caches are split by heads.
     assert decode.memory.aliased > 0.9 * decode.memory.outputs
     heads = start.executable.output_shardings.reference_cache.keys[0].shard_shape((16, 4, 64, 128))
     assert heads == (8, 2, 64, 128)
-
-
-def config_of(config, scan: str):
-    config = config.copy_and_resolve_references()
-    config.reference.scan_layers = scan
-    return config
