@@ -28,7 +28,8 @@ class Cost:
 
     Attributes:
       flops: arithmetic operations.
-      bytes: read from and written to memory, as XLA counts them: each operand of each fused operation once.
+      bytes: read and written by each of its instructions, as XLA counts them: several times what passes between the
+        device and its memory, for copies to and from the memory on the chip are counted like others.
     """
 
     flops: float
@@ -38,10 +39,17 @@ class Cost:
         """Returns this cost and another one, so many times."""
         return Cost(self.flops + times * other.flops, self.bytes + times * other.bytes)
 
-    def seconds(self, topology: Topology) -> tuple[float, str]:
-        """Returns the least time that a device can take, and whether arithmetic or memory is the reason."""
-        arithmetic, memory = self.flops / topology.flops, self.bytes / topology.bandwidth
-        return (arithmetic, 'arithmetic') if arithmetic > memory else (memory, 'memory')
+
+def least_seconds(flops: float, moved: float, topology: Topology) -> tuple[float, str]:
+    """Returns the least time that a device can take, and whether arithmetic or memory is the reason.
+
+    Args:
+      flops: arithmetic operations.
+      moved: bytes that must pass between the device and its memory.
+      topology: what the device is.
+    """
+    arithmetic, memory = flops / topology.flops, moved / topology.bandwidth
+    return (arithmetic, 'arithmetic') if arithmetic > memory else (memory, 'memory')
 
 
 def report(parts: Experiment, topology: Topology) -> Iterator[str]:
@@ -67,6 +75,7 @@ def report(parts: Experiment, topology: Topology) -> Iterator[str]:
     yield f'\n{"memory of a device, GiB":<{_NAME}} ' + '  '.join(_COLUMNS)
     first = decoding_programs(parts, sizes)
     name = f'decode, {sizes.rows} rows x {sizes.width + sizes.buffer} slots'
+    moved = dict.fromkeys(('prefill', 'decode step', 'fit step'), math.nan)  # every argument and what is new once
     if isinstance(first, TooLarge):
         yield _refused(name, first)
     else:
@@ -74,19 +83,23 @@ def report(parts: Experiment, topology: Topology) -> Iterator[str]:
         caches = _bytes(jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             _caches(start.executable.out_info), _caches(start.executable.output_shardings)))
+        moved['prefill'] = start.memory.arguments + start.memory.outputs
+        moved['decode step'] = decode.memory.arguments
         yield _row(f'prefill, {sizes.prompts} prompts x {sizes.width} tokens', start, 0)
         yield _row(name, decode, caches)
     name = f'fit, {sizes.fit_rows} rows x {sizes.fit_length} tokens in {sizes.accumulate} part(s)'
     try:
         fitted = programs.compile_(lambda: programs.update(parts, sizes, parts.config.fit.frozen_layers))
+        moved['fit step'] = fitted.memory.arguments + fitted.memory.outputs
         yield _row(name, fitted, 0)
         yield f'  the frozen reference is held beside it: together {(fitted.memory.total + held) / _GIBI:.2f}'
     except TooLarge as error:
         yield _refused(name, error)
-    yield f'\n{"work of a device":<{_NAME}}     TFLOP  GB moved  at least'
+    yield f'\n{"work of a device":<{_NAME}}     TFLOP  GB it must move  GB by XLA\'s count  at least'
     for name, cost in costs(parts, sizes):
-        seconds, reason = cost.seconds(topology)
-        yield f'{name:<{_NAME}} {cost.flops / 1e12:9.4f}  {cost.bytes / 1e9:8.2f}  {1e3 * seconds:.2f} ms, by {reason}'
+        least, reason = least_seconds(cost.flops, moved[name], topology)
+        yield (f'{name:<{_NAME}} {cost.flops / 1e12:9.4f}  {moved[name] / 1e9:15.2f}  {cost.bytes / 1e9:17.2f}  '
+               f'{1e3 * least:.2f} ms, by {reason}')
     best = largest_batch(parts, sizes, memory - _RESERVED, first)
     yield (f'\nlargest batch: {best} rows decoded at once compiled within memory' if best else
            '\nno batch that was tried fits: take more devices, or split the parameters over more of them.')
@@ -144,9 +157,9 @@ def costs(parts: Experiment, sizes: Sizes) -> Iterator[tuple[str, Cost]]:
     def fitted(accumulate: int) -> Cost:
         return extrapolate(functools.partial(fitting, accumulate), least, (frozen, networks[1] - frozen))
 
-    yield f'prefill, {sizes.prompts} prompts', extrapolate(lambda *n: decoding(*n)[0], (1, 1), networks)
-    yield f'decode step, {sizes.rows} rows', extrapolate(lambda *n: decoding(*n)[1], (1, 1), networks)
-    yield f'fit step, {sizes.fit_rows} rows', extrapolate(fitted, (1,), (sizes.accumulate,))
+    yield 'prefill', extrapolate(lambda *n: decoding(*n)[0], (1, 1), networks)
+    yield 'decode step', extrapolate(lambda *n: decoding(*n)[1], (1, 1), networks)
+    yield 'fit step', extrapolate(fitted, (1,), (sizes.accumulate,))
 
 
 def extrapolate(measure: Callable[..., Cost], few: tuple[int, ...], many: tuple[int, ...]) -> Cost:

@@ -221,8 +221,9 @@ def _nucleus(logits: Array, limit: Array, top_p: Array) -> Array:
     vocab = logits.shape[-1]
     logits = jnp.where(logits == 0, 0.0, logits)  # sorting ranks -0 below 0
     head = min(_HEAD, vocab)
-    # The barrier keeps XLA from turning a slice of the k best into one of a full sort, sixty times dearer.
-    values, ids = lax.optimization_barrier(lax.top_k(logits, head))
+    # The barriers keep XLA from turning a slice of the k best into one of a full sort, sixty times dearer. One around
+    # both arrays would make XLA abort on CPU where the mesh splits no rows.
+    values, ids = map(lax.optimization_barrier, lax.top_k(logits, head))
     rank = jnp.arange(head)[None]
     mass = jnp.where(rank < limit[:, None], jnp.exp(values - values[:, :1]), 0.0)
     everything = jnp.sum(jnp.exp(logits - values[:, :1]), axis=-1)

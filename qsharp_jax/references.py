@@ -19,8 +19,8 @@ from qsharp_jax.models.transformer import TransformerConfig
 from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.types import Params
 
-# Whether `reference.scan_layers` 'auto' scans. A TPU compiles a scanned 8B model in a tenth of the time and runs it at
-# the same speed; a CPU copies the stack's weights and cache in every step. Others were not measured.
+# Whether `reference.scan_layers` 'auto' scans. For TPUs a scanned 8B model compiles in a fraction of the time
+# (docs/scaling.md); a CPU copies the stack's weights and cache in every step. Others were not measured.
 SCANS = {'tpu': True}
 
 
@@ -44,9 +44,13 @@ def outline(
     shape, published = _published(config.reference.source, planned)
     # What is computed in a number type is kept in it: a copy in a wider one would be rounded in every step.
     dtype = jnp.dtype(config.reference.dtype)
-    scan = config.reference.scan_layers
-    scan_layers = scan == 'yes' or scan == 'auto' and SCANS.get(mesh.devices.flat[0].platform, False)
-    return dataclasses.replace(shape, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers), published
+    scan = scans(config.reference.scan_layers, mesh)
+    return dataclasses.replace(shape, dtype=dtype, param_dtype=dtype, scan_layers=scan), published
+
+
+def scans(choice: str, mesh: Mesh) -> bool:
+    """Returns whether the layers of a published reference are scanned, by `reference.scan_layers` and the devices."""
+    return choice == 'yes' or choice == 'auto' and SCANS.get(mesh.devices.flat[0].platform, False)
 
 
 def load(config: ml_collections.ConfigDict, shape: TransformerConfig, tokenizer: tokenizers.Tokenizer, workdir: Path,

@@ -257,6 +257,20 @@ def constrain_rows(tree: Any, like: jax.Array) -> Any:
     return jax.tree.map(place, tree, is_leaf=lambda node: hasattr(node, 'axes'))
 
 
+def constrain_last(array: jax.Array, name: str) -> jax.Array:
+    """Returns `array`, inside jit, with its last axis split as the table says for a logical name; the others are free.
+
+    A product with a large table should be left where the table's parts are: the compiler may otherwise bring the whole
+    table to every device to give each a whole row of the result. Off a mesh, `array` is returned as it is.
+    """
+    mesh = jax.typeof(array).sharding.mesh
+    if not set(AXES) <= set(mesh.axis_names):
+        return array
+    last = _partition(mesh, name, (name,), array.shape[-1:]) or (None,)
+    others = (PartitionSpec.UNCONSTRAINED,) * (array.ndim - 1)
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*others, *last)))
+
+
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """Returns `tree` of host arrays, the same in every process, with each array whole on every device."""
     return jax.tree.map(lambda leaf: _put(np.asarray(leaf), replicated(mesh)), tree)

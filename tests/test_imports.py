@@ -22,7 +22,7 @@ LAYERS = (
     ('collect', 'fit', 'evaluate'),
     ('results', 'describe', 'programs'),
     ('fits',),
-    ('train', 'generate', 'export'),
+    ('train', 'generate', 'export', 'chat'),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

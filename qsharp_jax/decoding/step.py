@@ -7,7 +7,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax import guidance
+from qsharp_jax import guidance, sharding
 from qsharp_jax.categorical import ReturnDistribution
 from qsharp_jax.decoding.state import DecodeState, is_eos
 from qsharp_jax.types import Array, Cache, Params, Policy, Reference, Value
@@ -123,6 +123,8 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
     """
     active = state.active
     logits, reference_cache = reference.step(reference_params, state.pending, state.length, state.reference_cache)
+    # The law of a row is worked out whole: split over the vocabulary, its sorting would cross devices in every pass.
+    logits = sharding.constrain_rows(logits, like=policy.eta)
     sampler = guidance.sampler_log_probs(logits, policy)
     untruncated = guidance.reference_log_probs(logits, policy.reference_temperature)
     value_cache, values = state.value_cache, state.values

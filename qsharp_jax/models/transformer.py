@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qsharp_jax import sharding
 from qsharp_jax.models.layers import Block, Norm, parameter, rope_frequencies, RopeScaling, TransformerConfig
 from qsharp_jax.types import Array, Params
 
@@ -181,6 +182,7 @@ class Transformer(nn.Module):
         dtype = self.config.dtype
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
         scores = jnp.matmul(flat, table.astype(dtype).T, preferred_element_type=jnp.float32)
+        scores = sharding.constrain_last(scores, 'vocab')
         if self.config.logit_cap:
             scores = self.config.logit_cap * jnp.tanh(scores / self.config.logit_cap)
         return scores.reshape(*hidden.shape[:-1], table.shape[0])
