@@ -212,3 +212,16 @@ def test_a_whole_run_is_the_same_job_on_any_mesh(tmp_path: Path) -> None:
         rows = [{(row['method'], row['eta'], row['split']): row for row in read_rows(run / 'results.jsonl')}
                 for run in runs]
         assert rows[0].keys() == rows[1].keys()
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 2), (1, 1, 8), (2, 2, 2)])
+def test_nucleus_of_a_large_vocabulary_on_any_mesh(sizes):
+    """Larger than the head of the sorted logits that a nucleus is searched in; XLA aborted where no rows are split."""
+    rng, rows = np.random.default_rng(0), np.ones(4, np.float32)
+    policy = Policy(eta=rows, temperature=rows, top_k=np.zeros(4, np.int32), top_p=0.5 * rows,
+                    reference_temperature=rows)
+    logits = 3 * rng.normal(size=(4, 400)).astype(np.float32)
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))])
+    found = jax.jit(guidance.sampler_log_probs)(*sharding.shard_batch(mesh, (logits, policy)))
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(guidance.sampler_log_probs(logits, policy)))
+    assert 4 <= np.isfinite(found).sum() < 400

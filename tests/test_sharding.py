@@ -7,6 +7,7 @@ import sys
 import textwrap
 import warnings
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -147,6 +148,32 @@ def test_arrays_made_under_jit_can_be_split_as_the_batch_is():
     made, _ = jax.jit(make)(sharding.shard_batch(mesh, np.zeros((8, 1))))
     assert {shard.data.shape for shard in made.addressable_shards} == {(2, 3)}
     assert jax.jit(make)(jnp.zeros((8, 1)))[0].shape == (8, 3)
+
+
+def test_caches_are_split_by_heads_and_products_left_where_the_table_is():
+    @struct.dataclass
+    class Cache:
+        keys: jax.Array
+
+        @property
+        def axes(self):
+            return None, 'kv_heads'
+
+    @jax.jit
+    def make(batch, table):
+        cache = Cache(jnp.zeros((8, 4, 3)))
+        scores = sharding.constrain_last(batch @ table, 'vocab')
+        return sharding.constrain_rows({'cache': cache, 'row': jnp.zeros((8, 4))}, batch), scores
+
+    mesh = sharding.make_mesh(2, 2, 2)
+    batch = sharding.shard_batch(mesh, np.ones((8, 4), np.float32))
+    made, scores = make(batch, sharding.replicate(mesh, np.ones((4, 6), np.float32)))
+    assert {shard.data.shape for shard in made['cache'].keys.addressable_shards} == {(2, 2, 3)}
+    assert {shard.data.shape for shard in made['row'].addressable_shards} == {(2, 4)}
+    assert {shard.data.shape[1] for shard in scores.addressable_shards} == {3}
+    np.testing.assert_array_equal(scores, np.full((8, 6), 4.0))
+    alone = sharding.constrain_last(jnp.ones((2, 3)), 'vocab')
+    np.testing.assert_array_equal(alone, jnp.ones((2, 3)))
 
 
 PROCESS = textwrap.dedent('''
