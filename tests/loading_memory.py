@@ -27,30 +27,46 @@ def main() -> None:
     parser.add_argument('--checkpoint', required=True)
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
     parser.add_argument('--devices', type=int, default=1, choices=(1, 8))
+    parser.add_argument('--scan', action='store_true', help='fill stacks of all layers')
     args = parser.parse_args()
     os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={args.devices}'
+
+    import dataclasses
 
     import jax
     import jax.numpy as jnp
 
     from qsharp_jax import sharding
     from qsharp_jax.models import pretrained, transformer
+    from qsharp_jax.models.pretrained import loader
 
     sizes = dict(data=2, fsdp=2, tensor=2) if args.devices == 8 else {}
     mesh = sharding.make_mesh(**sizes)
     file = pretrained.open_checkpoint(args.checkpoint)
-    shapes = transformer.param_shapes(file.config)
-    shardings = sharding.param_shardings(mesh, transformer.logical_axes(file.config), shapes)
+    config = dataclasses.replace(file.config, scan_layers=args.scan)
+    shapes = transformer.param_shapes(config)
+    shardings = sharding.param_shardings(mesh, transformer.logical_axes(config), shapes)
     jax.block_until_ready(jnp.zeros(8) + 1)
 
-    held, put = [0], jax.device_put
+    held, put, empty, put_layer = [0], jax.device_put, loader._empty, loader.put_layer
 
     def counted(part: object, device: object) -> object:
         array = jax.block_until_ready(put(part, device))
         held[0] += array.nbytes
         return array
 
-    jax.device_put = counted
+    def counted_stack(shape: tuple[int, ...], place: jax.sharding.Sharding, dtype: str) -> object:
+        # Before it is there: while it is made, nothing else is.
+        held[0] += mesh.size * math.prod(place.shard_shape(shape)) * jnp.dtype(dtype).itemsize
+        return jax.block_until_ready(empty(shape, place, dtype))
+
+    def uncounted_layer(*parts: object) -> object:  # it is in the stack already
+        before = held[0]
+        stack = put_layer(*parts)
+        held[0] = before
+        return stack
+
+    jax.device_put, loader._empty, loader.put_layer = counted, counted_stack, uncounted_layer
     start, most, done = anonymous(), [0], threading.Event()
 
     def watch() -> None:
