@@ -17,7 +17,7 @@ from qsharp_jax.topology import Topology
 
 _GIBI = 2 ** 30
 _NAME = 44  # characters of what a line is about
-_COLUMNS = ('arguments', 'of it caches', 'temporaries', 'new outputs', 'outputs in place', 'together', 'compiled in')
+_COLUMNS = ('arguments', 'of it caches', 'temporaries', 'new outputs', 'outputs in place', 'at most', 'compiled in')
 _ATTEMPTS = 4  # programs compiled in search of the largest batch
 _RESERVED = 2 ** 28  # bytes that the compiler keeps of each device's memory; one that does not fit says it exactly
 
@@ -92,7 +92,7 @@ def report(parts: Experiment, topology: Topology) -> Iterator[str]:
         fitted = programs.compile_(lambda: programs.update(parts, sizes, parts.config.fit.frozen_layers))
         moved['fit step'] = fitted.memory.arguments + fitted.memory.outputs
         yield _row(name, fitted, 0)
-        yield f'  the frozen reference is held beside it: together {(fitted.memory.total + held) / _GIBI:.2f}'
+        yield f'  the frozen reference is held beside it: at most {(fitted.memory.peak + held) / _GIBI:.2f}'
     except TooLarge as error:
         yield _refused(name, error)
     yield f'\n{"work of a device":<{_NAME}}     TFLOP  GB it must move  GB by XLA\'s count  at least'
@@ -223,7 +223,7 @@ class Tried:
             self.taken[rows] = found.needed
             self.memory = self.memory if math.isnan(found.available) else found.available
         else:
-            self.taken[rows] = max(program.memory.total for program in found)
+            self.taken[rows] = max(program.memory.peak for program in found)
             self.fitting.add(rows)
 
     def next_rows(self, step: int) -> int:
@@ -263,7 +263,7 @@ def _how(scanned: bool) -> str:
 
 def _row(name: str, compiled: Compiled, caches: float) -> str:
     memory = compiled.memory
-    sizes = memory.arguments, caches, memory.temporaries, memory.outputs - memory.aliased, memory.aliased, memory.total
+    sizes = memory.arguments, caches, memory.temporaries, memory.outputs - memory.aliased, memory.aliased, memory.peak
     columns = [f'{size / _GIBI:{len(title)}.2f}' for size, title in zip(sizes, _COLUMNS)]
     return f'{name:<{_NAME}} ' + '  '.join([*columns, f'{compiled.seconds:{len(_COLUMNS[-1]) - 2}.1f} s'])
 

@@ -56,8 +56,9 @@ class Memory:
       arguments: what it is given; on the device before and after, unless it is aliased.
       outputs: what it returns.
       aliased: the part of the outputs that is written where an argument was.
-      temporaries: what it needs besides while it runs.
+      temporaries: what it needs besides while it runs, counted without the room of arguments that are done with.
       code: its instructions.
+      peak: the most that is taken at once, by the compiler's own account.
     """
 
     arguments: int
@@ -65,11 +66,7 @@ class Memory:
     aliased: int
     temporaries: int
     code: int
-
-    @property
-    def total(self) -> int:
-        """The most that is taken at once."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+    peak: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +120,7 @@ def compile_(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
     memory = Memory(
         arguments=found.argument_size_in_bytes, outputs=found.output_size_in_bytes,
         aliased=found.alias_size_in_bytes, temporaries=found.temp_size_in_bytes,
-        code=found.generated_code_size_in_bytes)
+        code=found.generated_code_size_in_bytes, peak=found.peak_memory_in_bytes)
     return Compiled(memory, time.perf_counter() - began, executable)
 
 

@@ -111,7 +111,7 @@ def test_costs_grow_with_each_kind_of_part() -> None:
 
 
 def program(total: float) -> Compiled:
-    return Compiled(Memory(int(total), 0, 0, 0, 0), 1.0, None)
+    return Compiled(Memory(0, 0, 0, 0, 0, int(total)), 1.0, None)
 
 
 def test_the_least_time_is_that_of_the_narrower_way() -> None:
