@@ -185,6 +185,13 @@ def test_the_page_shows_shared_lines_once_and_every_question(workdir: Path) -> N
     assert page.count('question 0 ') == 1
 
 
+def test_one_answer_a_question_has_no_columns_of_several() -> None:
+    rows = [{**row, 'k': 1} for row in results()]
+    assert [title for title in tables.table(rows, 'test')[0] if '@' in title] == ['pass@1 %']
+    titles = tables.table(results(), 'test')[0]
+    assert [title for title in titles if '@' in title] == ['pass@1 %', 'pass@4 %', 'maj@4 %']
+
+
 def test_questions_show_each_policy_once_and_are_spread(workdir: Path) -> None:
     questions = html.questions(records.read(workdir))
     assert len(questions) == 8
