@@ -12,6 +12,8 @@ SOURCES := qsharp_jax configs experiments tests
 
 .PHONY: demo test test-fast test-all lint clean
 
+# One row a step is what learns fastest here, and does not split over the devices of a larger machine.
+demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/demo.stamp
 	$(BIN)/python experiments/train.py --config=configs/arithmetic.py:tiny --workdir=$(WORKDIR)
 

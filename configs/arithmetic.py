@@ -3,7 +3,7 @@
   python experiments/train.py --config=configs/arithmetic.py:tiny --workdir=runs/arithmetic_tiny
 
 Sizes:
-  tiny: two iterations on two CPU cores, the size of `make demo`.
+  tiny: two iterations in about ten minutes on two CPU cores: what `make demo` runs.
   small: more questions and answers, on a CPU within an hour or on one GPU.
   paper: the paper's recipe (16 answers a question, 5 epochs, AdamW 2e-5, constant) on this task.
 """
@@ -13,8 +13,9 @@ import ml_collections
 
 from configs import default
 
-# Solved examples, which show the format.
-PREFIX = '5 + 3 = 8\n27 max 64 = 64\n'
+# Solved examples, which show the format, in an order in which the reference copies either operand: what it never
+# writes teaches nothing.
+PREFIX = '91 max 8 = 91\n12 + 35 = 47\n19 min 30 = 19\n64 max 27 = 64\n56 min 40 = 40\n5 + 3 = 8\n'
 
 
 def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
@@ -23,42 +24,47 @@ def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
     config.reward = 'arithmetic'
     config.task.name = 'arithmetic'
     config.task.template = '{question} = '
-    config.task.arithmetic.operations = ('+', 'max')
+    config.task.arithmetic.operations = ('+', 'max', 'min')
     config.task.arithmetic.two_digit_share = 0.6
     config.task.prefix = PREFIX
-    config.task.max_prompt_tokens = 64
+    config.task.max_prompt_tokens = 96
     config.sampling.max_new_tokens = 8
     config.logging.every_steps = 5
     if size == 'tiny':
-        config.sampling.max_new_tokens = 5
-        config.task.arithmetic.train_examples = 1000
-        config.task.arithmetic.validation_examples = 48
-        config.task.arithmetic.test_examples = 120
-        config.collect.samples = 6
-        config.collect.examples = 500
+        config.sampling.max_new_tokens = 4
+        config.task.arithmetic.train_examples = 1800
+        config.task.arithmetic.validation_examples = 50
+        config.task.arithmetic.test_examples = 100
+        # Blocks are whole batches: padding would cost as much as answers.
+        config.collect.examples = 900
+        config.collect.samples = 4
         config.collect.cut = 'start'
-        config.collect.block_examples = 125
-        config.collect.batch_rows = 250
+        config.collect.block_examples = 75
+        config.collect.batch_rows = 150
+        # The upper layers learn fastest from what the middle of the network knows of the problem.
         config.value.init = 'truncate'
-        config.value.layers = 12
-        config.guidance.candidates = 12
-        config.fit.samples_per_row = 6
-        config.fit.batch_size = 8
+        config.value.layers = 20
+        config.guidance.candidates = 6
+        config.guidance.outside = 'min'  # with so few candidates, the others are often drawn, and seldom right
+        config.fit.frozen_layers = 12
+        config.fit.samples_per_row = 4
+        config.fit.prompts_per_row = 8
+        config.fit.batch_size = 1
         config.fit.epochs = 1.0
-        config.fit.frozen_layers = 1
-        config.fit.learning_rate = 2e-4
+        config.fit.learning_rate = 4e-4
         config.fit.head_lr_multiplier = 10.0
         config.fit.warmup_steps = 5
         config.fit.schedule = 'cosine'
-        config.fit.heldout_fraction = 0.08
-        config.fit.checkpoint_every_steps = 25
+        config.fit.heldout_fraction = 0.05
+        config.fit.checkpoint_every_steps = 50
         config.logging.every_steps = 2
-        config.logging.heldout_every_steps = 20
-        config.eval.samples = 4
-        config.eval.maj_k = 4
-        config.eval.etas = (0.1, 0.3)
-        config.eval.batch_rows = 240
-        config.eval.block_examples = 60
+        config.logging.heldout_every_steps = 50
+        config.eval.samples = 3
+        config.eval.maj_k = 3
+        config.eta = 0.05
+        config.eval.etas = (0.05, 0.2, 0.5)
+        config.eval.batch_rows = 150
+        config.eval.block_examples = 50
     elif size == 'small':
         config.collect.samples = 8
         config.fit.samples_per_row = 8

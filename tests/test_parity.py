@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
@@ -72,6 +71,7 @@ def test_exported_models_give_equal_logits_and_the_same_bits(name, tmp_path):
 @pytest.mark.parametrize('name', ['llama_untied', 'qwen3', 'gpt2', 'gemma3'])
 @pytest.mark.parametrize('kind', ['v', 'q'])
 def test_exported_value_networks_give_equal_scores(name, kind, tmp_path):
+    from safetensors.numpy import load_file
     import torch
     import transformers
     published.save(name, tmp_path / 'base')
@@ -86,7 +86,7 @@ def test_exported_value_networks_give_equal_scores(name, kind, tmp_path):
 
     model = transformers.AutoModel.from_pretrained(tmp_path / 'value', attn_implementation='eager').eval()
     assert type(model).__name__ == file.family.base_architecture
-    head = safetensors.numpy.load_file(tmp_path / 'value' / export.HEAD)
+    head = load_file(tmp_path / 'value' / export.HEAD)
     tokens = np.random.default_rng(2).integers(0, 50, (2, 30))
     with torch.no_grad():
         hidden = model(torch.tensor(tokens)).last_hidden_state.numpy()

@@ -166,6 +166,32 @@ def test_without_a_selection_split_the_configured_eta_is_shown(workdir: Path) ->
     assert 'chosen' not in tables.markdown(results(), 'test', '')
 
 
+@pytest.mark.parametrize('prompts, expected', [
+    (['1 + 1 = 2\n3 + 4 = ', '1 + 1 = 2\n3 + 5 = '], '1 + 1 = 2\n'), (['1 + 1 = 2\n3', '4\n3'], ''), (['a\nb'], ''),
+    ([], '')])
+def test_what_prompts_share_is_whole_lines(prompts: list[str], expected: str) -> None:
+    assert html.beginning(prompts) == expected
+
+
+def test_the_page_shows_shared_lines_once_and_every_question(workdir: Path) -> None:
+    files = list(workdir.glob('samples/*/*/*.jsonl'))
+    assert files
+    for path in files:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{**row, 'prompt': f'solved example\n{row["prompt"]}'} for row in rows]
+        path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    page = html.write(workdir).read_text()
+    assert page.count('solved example') == 1
+    assert page.count('question 0 ') == 1
+
+
+def test_one_answer_a_question_has_no_columns_of_several() -> None:
+    rows = [{**row, 'k': 1} for row in results()]
+    assert [title for title in tables.table(rows, 'test')[0] if '@' in title] == ['pass@1 %']
+    titles = tables.table(results(), 'test')[0]
+    assert [title for title in titles if '@' in title] == ['pass@1 %', 'pass@4 %', 'maj@4 %']
+
+
 def test_questions_show_each_policy_once_and_are_spread(workdir: Path) -> None:
     questions = html.questions(records.read(workdir))
     assert len(questions) == 8

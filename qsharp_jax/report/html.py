@@ -1,7 +1,7 @@
 """report.html: one page, without outside resources, with everything a run has to show."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import os
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def write(workdir: str | os.PathLike[str]) -> Path:
     replace_text(run.workdir / 'results.md', '\n'.join([
         tables.markdown(run.results, run.split, select_split), *(f'- {sentence}' for sentence in frontier), '']))
     titles, cells = tables.table(run.results, run.split, select_split)
+    shown = questions(run)
     page = _environment().get_template('report.html.jinja').render(
         name=run.workdir.resolve().name,
         task=run.config['task']['name'],
@@ -56,7 +57,8 @@ def write(workdir: str | os.PathLike[str]) -> Path:
         warnings=_warnings(run),
         # The figures are drawn here and hold no text from data, so they are the one thing that is not escaped.
         figures=[(name, Markup(plots.inline_svg(figure, name)), _CAPTIONS[name]) for name, figure in figures.items()],
-        questions=questions(run),
+        questions=shown,
+        beginning=beginning([question['prompt'] for question in shown]),
         timings=_timings(run.timings),
         config=_config_rows(run.config))
     path = run.workdir / 'report.html'
@@ -139,6 +141,12 @@ def questions(run: Run) -> list[dict[str, Any]]:
                        zip(row['answer_tokens'], row['values'], strict=True)],
         } for row in sorted(rows, key=lambda row: keys.index(records.policy_key(row)))],
     } for rows in spread]
+
+
+def beginning(prompts: Sequence[str]) -> str:
+    """The whole lines that several prompts all begin with, such as solved examples."""
+    shared = os.path.commonprefix(prompts) if len(prompts) > 1 else ''
+    return shared[:shared.rfind('\n') + 1]
 
 
 def _token(text: str, value: float | None, low: float, high: float) -> tuple[str, str, str]:

@@ -86,8 +86,9 @@ def table(rows: Sequence[Row], split: str, select_split: str = '') -> tuple[list
         Column('temperature', lambda row: f'{row["temperature"]:g}'),
         Column('pass@1 %', lambda row: _percent(row, 'pass@1')),
         Column('over reference', lambda row: _percent(row, 'gain', sign='+')),
-        Column(f'pass@{k} %', lambda row: _percent(row, 'pass@k')),
-        Column(f'maj@{k} %', lambda row: _percent(row, 'maj@k')),
+        # Of one answer, both are pass@1 again.
+        Column(f'pass@{k} %', lambda row: '' if k == 1 else _percent(row, 'pass@k')),
+        Column(f'maj@{k} %', lambda row: '' if k == 1 else _percent(row, 'maj@k')),
         Column('KL, nats', lambda row: _measured(row, 'kl')),
         Column('KL per token', lambda row: _measured(row, 'kl_per_token', digits=3)),
         Column('truncated %', lambda row: _percent(row, 'truncated')),
