@@ -127,9 +127,7 @@ class Experiment:
         """The value network's parameters as jax.ShapeDtypeStructs with shardings; nothing is loaded."""
         base = transformer.param_shapes(self.value_shape)
         shapes = jax.eval_shape(self._start_value, base)
-        shardings = sharding.param_shardings(self.mesh, self.value_axes, shapes)
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings)
+        return sharding.abstract(shapes, sharding.param_shardings(self.mesh, self.value_axes, shapes))
 
     def init_value_params(self) -> Params:
         """Returns the value network before any fit, on the mesh. The same in every iteration."""

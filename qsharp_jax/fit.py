@@ -13,6 +13,7 @@ from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches, split_
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import replace_text, Writer
 from qsharp_jax.models import networks
+from qsharp_jax.optimizers import OptimizerConfig
 from qsharp_jax.types import Array, Params
 
 
@@ -93,9 +94,9 @@ def scores_fn(experiment: Experiment) -> learner.ScoresFn:
     return scores
 
 
-def optimizer_config(fit: Any, steps: int) -> learner.OptimizerConfig:
+def optimizer_config(fit: Any, steps: int) -> OptimizerConfig:
     """Returns the optimizer of the config's section `fit` for a fit of `steps` steps."""
-    return learner.OptimizerConfig(
+    return OptimizerConfig(
         learning_rate=fit.learning_rate, weight_decay=fit.weight_decay, clip_norm=fit.clip_norm or math.inf,
         schedule=fit.schedule, warmup_steps=fit.warmup_steps, total_steps=steps,
         head_lr_multiplier=fit.head_lr_multiplier, frozen_layers=fit.frozen_layers, optimizer=fit.optimizer)

@@ -80,8 +80,7 @@ def report(parts: Experiment, topology: Topology) -> Iterator[str]:
         yield _refused(name, first)
     else:
         start, decode = first
-        caches = _bytes(jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        caches = _bytes(sharding.abstract(
             _caches(start.executable.out_info), _caches(start.executable.output_shardings)))
         moved['prefill'] = start.memory.arguments + start.memory.outputs
         moved['decode step'] = decode.memory.arguments

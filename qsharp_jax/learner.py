@@ -1,4 +1,4 @@
-"""The fit of the value network: its optimizer, its state, and one jitted update.
+"""The fit of the value network: its state, one jitted update, and what held-out samples say of it.
 
 The loss is the paper's (Q#, arXiv 2502.20548, section 2.2): the negative log-likelihood of the observed
 return, averaged over each sample's tokens and then over samples. How samples are packed into rows, split into
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
-import re
 from typing import Any
 
 from flax import struct
@@ -17,67 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qsharp_jax import sharding
+from qsharp_jax import optimizers, sharding
 from qsharp_jax.categorical import ReturnDistribution
 from qsharp_jax.data.packing import FitBatch
+from qsharp_jax.optimizers import OptimizerConfig
 from qsharp_jax.types import Array, Params
 
 ScoresFn = Callable[[Params, FitBatch], Array]  # scores of each token as chosen  # [B, T, K]
 Metrics = dict[str, Array]
-
-SCHEDULES = ('constant', 'cosine')
-OPTIMIZERS = ('adamw', 'muon')
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """How parameters are trained.
-
-    Attributes:
-      learning_rate: the highest of the schedule.
-      weight_decay: decoupled, times the learning rate; biases and scales of norms are spared.
-      b1: decay of Adam's first moment.
-      b2: decay of Adam's second moment.
-      clip_norm: gradients are scaled down to this global norm; `inf` never.
-      schedule: 'constant', or 'cosine' down to 0 at `total_steps`; either starts with a linear warm-up.
-      warmup_steps: updates until the learning rate is reached.
-      total_steps: updates of the whole fit; only 'cosine' needs it.
-      head_lr_multiplier: the learning rate of the freshly drawn head over that of the trunk.
-      frozen_layers: number of first layers of the trunk that are not trained; with any, its embeddings are
-        not either.
-      optimizer: 'adamw', or 'muon' for the matrices of the trunk's layers, its updates scaled to the size of
-        Adam's, with AdamW for everything else.
-    """
-
-    learning_rate: float
-    weight_decay: float = 0.01
-    b1: float = 0.9
-    b2: float = 0.999
-    clip_norm: float = 5.0
-    schedule: str = 'constant'
-    warmup_steps: int = 0
-    total_steps: int = 0
-    head_lr_multiplier: float = 1.0
-    frozen_layers: int = 0
-    optimizer: str = 'adamw'
-
-    def __post_init__(self) -> None:
-        for name in ('learning_rate', 'clip_norm', 'head_lr_multiplier'):
-            if not getattr(self, name) > 0:
-                raise ValueError(f'{name} is {getattr(self, name)}: it must be above 0.')
-        for name in ('weight_decay', 'warmup_steps', 'total_steps', 'frozen_layers'):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f'{name} is {getattr(self, name)}: it must be 0 or more.')
-        for name in ('b1', 'b2'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 0 and below 1.')
-        for name, allowed in (('schedule', SCHEDULES), ('optimizer', OPTIMIZERS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'{name} is {getattr(self, name)!r}; allowed: {", ".join(allowed)}.')
-        if self.schedule == 'cosine' and self.total_steps <= self.warmup_steps:
-            raise ValueError(
-                f'the schedule cosine needs total_steps above warmup_steps; they are {self.total_steps} and '
-                f'{self.warmup_steps}.')
 
 
 @struct.dataclass
@@ -95,33 +41,6 @@ class LearnerState:
     opt_state: Any
 
 
-def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Returns the learning rate of the trunk as a function of the number of updates made before."""
-    peak, warmup = config.learning_rate, config.warmup_steps
-    after = optax.constant_schedule(peak)
-    if config.schedule == 'cosine':
-        after = optax.cosine_decay_schedule(peak, config.total_steps - warmup)
-    # (step + 1) / warmup: an update at rate 0 would be wasted.
-    return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), after], [warmup])
-
-
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns the optimizer; it tells layers, head, biases and norms by the names in parameters' paths."""
-    direction = optax.scale_by_adam(config.b1, config.b2)
-    if config.optimizer == 'muon':
-        # optax's own mixture of the two would let Adam's part decay biases.
-        muon = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_matrices, consistent_rms=0.2)
-        both = {'muon': optax.chain(muon, optax.scale(-1.0)), 'adam': direction}
-        direction = optax.partition(both, _labels)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        direction,
-        optax.add_decayed_weights(config.weight_decay, _decayed),
-        optax.masked(optax.scale(config.head_lr_multiplier), _heads),
-        optax.scale_by_learning_rate(learning_rate(config)),
-    )
-
-
 def init(params: Params, config: OptimizerConfig) -> LearnerState:
     """Returns the state before the first update; its arrays live where `params` do.
 
@@ -136,16 +55,14 @@ def init(params: Params, config: OptimizerConfig) -> LearnerState:
 def abstract_state(params: Params, config: OptimizerConfig) -> LearnerState:
     """Returns what `init` would, as jax.ShapeDtypeStructs with shardings; `params` are such as well."""
     shapes = jax.eval_shape(_starter(config), params)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes,
-        sharding.beside_params(params, shapes))
+    return sharding.abstract(shapes, sharding.beside_params(params, shapes))
 
 
 def _starter(config: OptimizerConfig) -> Callable[[Params], LearnerState]:
-    optimizer = make_optimizer(config)
+    optimizer = optimizers.make(config)
 
     def make(params: Params) -> LearnerState:
-        trained, _ = _split(params, config)
+        trained, _ = optimizers.split(params, config)
         return LearnerState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(trained))
 
     return make
@@ -158,7 +75,7 @@ def make_update(
     state: LearnerState,
     accumulate: int = 1,
     unroll: bool = False,
-) -> Any:
+) -> jax.stages.Wrapped:
     """Returns one jitted update, (state, batch) -> (state, metrics), which consumes the state it is given.
 
     Args:
@@ -174,17 +91,17 @@ def make_update(
     side of its reward; NaN when the rewards are not binary), `grad_norm` before clipping, `update_norm`,
     `learning_rate`. Raises ValueError on first use when `accumulate` does not divide the rows.
     """
-    optimizer, rate = make_optimizer(config), learning_rate(config)
+    optimizer, rate = optimizers.make(config), optimizers.learning_rate(config)
     if accumulate < 1:
         raise ValueError(f'accumulate is {accumulate}: it must be at least 1.')
 
     def update(state: LearnerState, batch: FitBatch) -> tuple[LearnerState, Metrics]:
-        trained, frozen = _split(state.params, config)
+        trained, frozen = optimizers.split(state.params, config)
         # One divisor for every micro-batch, so that each sample counts the same in whichever it lands.
         num_samples = _num_samples(batch)
 
         def loss_fn(trained: Params, part: FitBatch) -> tuple[Array, tuple[Array, Array]]:
-            scores = scores_fn(_merge(trained, frozen), part)
+            scores = scores_fn(optimizers.merge(trained, frozen), part)
             loss = jnp.sum(part.weights * distribution.loss(scores, jnp.asarray(part.rewards))) / num_samples
             right = jnp.sum(part.weights * _right(distribution, scores, part)) / num_samples
             return loss, (loss, right)
@@ -202,7 +119,7 @@ def make_update(
                 add, (zeros, (zero, zero)), _micro_batches(batch, accumulate), unroll=unroll)
         loss, accuracy = sums
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = _merge(optax.apply_updates(trained, updates), frozen)
+        params = optimizers.merge(optax.apply_updates(trained, updates), frozen)
         metrics = {
             'loss': loss,
             'accuracy': accuracy,
@@ -348,66 +265,3 @@ def _micro_batches(batch: FitBatch, accumulate: int) -> FitBatch:
         return leaf.reshape(rows // accumulate, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)
-
-
-def _layer(path: Any) -> int | None:
-    found = [re.fullmatch(r'layers_(\d+)', name) for name in _names(path)]
-    return next((int(match[1]) for match in found if match), None)
-
-
-def _heads(params: Params) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: 'head' in _names(path), params)
-
-
-def _decayed(params: Params) -> Any:
-    def decays(path: Any, leaf: Array) -> bool:
-        return _names(path)[-1] not in ('bias', 'scale') and leaf.ndim > 1
-
-    return jax.tree_util.tree_map_with_path(decays, params)
-
-
-def _matrices(params: Params) -> Any:
-    """Returns Muon's view of each kernel of the trunk's layers as a matrix, None for what AdamW trains."""
-    def view(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if _layer(path) is None and 'layers' not in _names(path) or _names(path)[-1] != 'kernel' or leaf.ndim < 2:
-            return None
-        # The layers of a stack are matrices each.
-        first = int('layers' in _names(path))
-        # Attention's output kernel is [heads, head_dim, embed]; every other one has a single input axis.
-        inputs = leaf.ndim - 1 if _names(path)[-2] == 'output' else first + 1
-        return optax.contrib.MuonDimensionNumbers(tuple(range(first, inputs)), tuple(range(inputs, leaf.ndim)))
-
-    return jax.tree_util.tree_map_with_path(view, params)
-
-
-def _labels(params: Params) -> Any:
-    return jax.tree.map(lambda _, view: 'adam' if view is None else 'muon', params, _matrices(params))
-
-
-def _split(params: Params, config: OptimizerConfig) -> tuple[Params, Params]:
-    """Returns the trained parameters and the frozen ones, each with None in the place of the other's."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    layers = 1 + max((layer for path in paths if (layer := _layer(path)) is not None), default=-1)
-    if config.frozen_layers and any('layers' in _names(path) for path in paths):
-        raise ValueError(f'frozen_layers is {config.frozen_layers}, and the layers are stacked, which are trained '
-                         'together or not at all: set value.scan_layers to False.')
-    if config.frozen_layers > layers:
-        raise ValueError(f'frozen_layers is {config.frozen_layers}, but the trunk has {layers} layers.')
-
-    def is_frozen(path: Any) -> bool:
-        layer, names = _layer(path), _names(path)
-        below = layer is not None and layer < config.frozen_layers
-        return below or (config.frozen_layers > 0 and names[-1] in ('embedding', 'position_embedding'))
-
-    pick = jax.tree_util.tree_map_with_path
-    return (pick(lambda path, leaf: None if is_frozen(path) else leaf, params),
-            pick(lambda path, leaf: leaf if is_frozen(path) else None, params))
-
-
-def _merge(trained: Params, frozen: Params) -> Params:
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)

@@ -143,9 +143,7 @@ def decode(parts: Experiment, sizes: Sizes, start: Compiled, guided: bool = True
     rows = _array((sizes.rows,), jnp.float32, split)
     policy = Policy(eta=rows, temperature=rows, top_k=_array((sizes.rows,), jnp.int32, split), top_p=rows,
                     reference_temperature=rows)
-    state = jax.tree.map(
-        lambda leaf, place: _array(leaf.shape, leaf.dtype, place), start.executable.out_info,
-        start.executable.output_shardings)
+    state = sharding.abstract(start.executable.out_info, start.executable.output_shardings)
     how = parts.guidance(parts.config.guidance.offset) if guided else decoding.Guidance()
     return decoding.decode.lower(
         parts.reference, how, reference_params(parts), parts.value_target if guided else None, policy, state,
@@ -199,9 +197,7 @@ def with_layers(parts: Experiment, reference: int, value: int) -> Experiment:
 def reference_params(parts: Experiment) -> Params:
     """The reference's parameters as jax.ShapeDtypeStructs with shardings."""
     shape = parts.reference_config
-    shapes = transformer.param_shapes(shape)
-    shardings = sharding.param_shardings(parts.mesh, transformer.logical_axes(shape), shapes)
-    return jax.tree.map(lambda leaf, place: _array(leaf.shape, leaf.dtype, place), shapes, shardings)
+    return sharding.abstract(transformer.param_shapes(shape), transformer.param_shardings(shape, parts.mesh))
 
 
 def _array(shape: tuple[int, ...], dtype: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 
-from qsharp_jax import sharding
 from qsharp_jax.baselines import pretraining
 from qsharp_jax.data import tokenizers
 from qsharp_jax.models import pretrained, transformer
@@ -70,7 +69,7 @@ def load(config: ml_collections.ConfigDict, shape: TransformerConfig, tokenizer:
     if config.reference.source == 'pretrain':
         return pretraining.load_or_train(config, shape, tokenizer, workdir, mesh)
     file = pretrained.open_checkpoint(config.reference.source)
-    shardings = sharding.param_shardings(mesh, transformer.logical_axes(shape), transformer.param_shapes(shape))
+    shardings = transformer.param_shardings(shape, mesh)
     return pretrained.load_params(file, shardings, shape.param_dtype), file.fingerprint
 
 
@@ -107,7 +106,7 @@ def load_value_base(source: str, value_config: ValueConfig, shape: TransformerCo
 
     # Layer by layer, of which a part may be wanted: `value.init_value_params` stacks them.
     shape = dataclasses.replace(shape, scan_layers=False)
-    shardings = sharding.param_shardings(mesh, transformer.logical_axes(shape), transformer.param_shapes(shape))
+    shardings = transformer.param_shardings(shape, mesh)
     return pretrained.load_params(pretrained.open_checkpoint(source), shardings, shape.param_dtype, wanted)
 
 

@@ -300,6 +300,13 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(gather, tree)
 
 
-def abstract(tree: Any) -> Any:
-    """Returns `tree` as jax.ShapeDtypeStructs with shardings: what a restore aims at."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def abstract(tree: Any, shardings: Any = None) -> Any:
+    """Returns `tree` as jax.ShapeDtypeStructs with shardings: what a restore aims at, or a program is compiled for.
+
+    Args:
+      tree: of arrays, or of anything with a shape and a number type.
+      shardings: of its leaves; None for those that they have.
+    """
+    if shardings is None:
+        shardings = jax.tree.map(lambda x: x.sharding, tree)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)

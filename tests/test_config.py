@@ -10,7 +10,7 @@ import tokenize
 
 import pytest
 
-from qsharp_jax import categorical, cli, config, config_rules, guidance, learner, rollout
+from qsharp_jax import categorical, cli, config, config_rules, guidance, optimizers, rollout
 from qsharp_jax.models import value as value_lib
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,13 +165,13 @@ def test_every_number_has_a_range_and_every_rule_a_key() -> None:
 @pytest.mark.parametrize('key, choices', [
     ('collect.budget', rollout.BUDGETS),
     ('collect.cut', rollout.CUTS),
-    ('fit.optimizer', learner.OPTIMIZERS),
-    ('fit.schedule', learner.SCHEDULES),
+    ('fit.optimizer', optimizers.OPTIMIZERS),
+    ('fit.schedule', optimizers.SCHEDULES),
     ('guidance.offset', categorical.OFFSETS),
     ('guidance.order', guidance.ORDERS),
     ('guidance.outside', guidance.OUTSIDE),
-    ('reference.pretrain.optimizer', learner.OPTIMIZERS),
-    ('reference.pretrain.schedule', learner.SCHEDULES),
+    ('reference.pretrain.optimizer', optimizers.OPTIMIZERS),
+    ('reference.pretrain.schedule', optimizers.SCHEDULES),
     ('value.extra_input', value_lib.EXTRA_INPUTS),
     ('value.head', categorical.KINDS),
     ('value.head_init', value_lib.HEAD_INITS),

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from qsharp_jax import categorical, learner, sharding
+from qsharp_jax import categorical, learner, optimizers, sharding
 from qsharp_jax.data.packing import FitBatch
 
 WIDTH, VOCAB = 8, 16
 BERNOULLI = categorical.make('bernoulli', 0.0, 1.0)
 CATEGORICAL = categorical.make('categorical', -1.0, 1.0, num_atoms=5, projection='two_hot')
-ADAM = learner.OptimizerConfig(learning_rate=0.01, weight_decay=0.5)
+ADAM = optimizers.OptimizerConfig(learning_rate=0.01, weight_decay=0.5)
 MUON = dataclasses.replace(ADAM, optimizer='muon')
 AXES = {
     'trunk': {
@@ -227,8 +227,8 @@ def test_gradients_are_clipped_as_a_whole():
     ('constant', 0, 0, [1, 1, 1, 1]), ('constant', 2, 0, [0.5, 1, 1, 1]),
     ('cosine', 0, 4, [1, 0.853553, 0.5, 0.146447]), ('cosine', 2, 4, [0.5, 1, 1, 0.5])])
 def test_learning_rate_follows_its_schedule(schedule, warmup, total, wanted):
-    config = learner.OptimizerConfig(0.01, schedule=schedule, warmup_steps=warmup, total_steps=total)
-    rate = learner.learning_rate(config)
+    config = optimizers.OptimizerConfig(0.01, schedule=schedule, warmup_steps=warmup, total_steps=total)
+    rate = optimizers.learning_rate(config)
     np.testing.assert_allclose([rate(step) for step in range(4)], 0.01 * np.array(wanted), rtol=1e-5)
 
 

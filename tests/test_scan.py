@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsharp_jax import config_rules, learner, sharding
+from qsharp_jax import config_rules, learner, optimizers, sharding
 from qsharp_jax.models import networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import export
@@ -154,7 +154,7 @@ def test_stacks_are_filled_in_place_and_written_out_again(sizes, tmp_path: Path)
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_an_update_of_a_stack_is_that_of_its_layers(optimizer):
     (config, params), (stacked, _) = both('llama')
-    optimizer = learner.make_optimizer(learner.OptimizerConfig(learning_rate=0.1, optimizer=optimizer))
+    optimizer = optimizers.make(optimizers.OptimizerConfig(learning_rate=0.1, optimizer=optimizer))
     grads = make_params(config, seed=7)
 
     @jax.jit
@@ -169,7 +169,7 @@ def test_an_update_of_a_stack_is_that_of_its_layers(optimizer):
 def test_part_of_a_stack_cannot_be_frozen(tmp_path: Path):
     (_, _), (_, stack) = both('llama')
     with pytest.raises(ValueError, match='frozen_layers is 1, and the layers are stacked'):
-        learner.init({'trunk': stack}, learner.OptimizerConfig(learning_rate=0.1, frozen_layers=1))
+        learner.init({'trunk': stack}, optimizers.OptimizerConfig(learning_rate=0.1, frozen_layers=1))
     with pytest.raises(ValueError, match='config.value.scan_layers is True: stacked layers are trained together'):
         tiny.config(tmp_path, fit__frozen_layers=1, value__scan_layers=True)
     assert config_rules.CHOICES['reference.scan_layers'] == ('auto', 'yes', 'no')

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from qsharp_jax import checkpoint, learner, progress, sharding
+from qsharp_jax import checkpoint, learner, optimizers, progress, sharding
 from qsharp_jax.data import builders
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.data import star_graph, tokenizers
@@ -135,11 +135,11 @@ def _train(config: ml_collections.ConfigDict, shape: TransformerConfig, start: P
            workdir: Path, mesh: Mesh) -> Params:
     """Returns the trained parameters, going on from a checkpoint if there is one."""
     pretrain = config.reference.pretrain
-    optimizer_config = learner.OptimizerConfig(
+    optimizer_config = optimizers.OptimizerConfig(
         learning_rate=pretrain.learning_rate, weight_decay=pretrain.weight_decay,
         clip_norm=pretrain.clip_norm or math.inf, schedule=pretrain.schedule, warmup_steps=pretrain.warmup_steps,
         total_steps=pretrain.steps, optimizer=pretrain.optimizer)
-    optimizer = learner.make_optimizer(optimizer_config)
+    optimizer = optimizers.make(optimizer_config)
     state = learner.init(start, optimizer_config)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from qsharp_jax import sharding
@@ -21,7 +22,7 @@ from qsharp_jax.types import Array, Params
 __all__ = [
     'KVCache', 'LAYER', 'RopeScaling', 'STACK', 'Transformer', 'TransformerConfig', 'axis_names', 'causal_mask',
     'count_params', 'extend', 'hidden_states', 'init_cache', 'init_params', 'logical_axes', 'logits', 'param_shapes',
-    'separate_layers', 'stack_layers']
+    'param_shardings', 'separate_layers', 'stack_layers']
 
 
 LAYER = 'layers_'  # begins the name of a layer in a tree of parameters, before its number
@@ -200,6 +201,11 @@ def init_params(key: Array, config: TransformerConfig) -> Params:
 def param_shapes(config: TransformerConfig) -> Params:
     """Returns a tree like the parameters whose leaves are jax.ShapeDtypeStructs; nothing is computed."""
     return jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
+
+
+def param_shardings(config: TransformerConfig, mesh: Mesh) -> Params:
+    """Returns a tree like the parameters whose leaves are NamedShardings on `mesh`."""
+    return sharding.param_shardings(mesh, logical_axes(config), param_shapes(config))
 
 
 def logical_axes(config: TransformerConfig) -> Params:
