@@ -202,7 +202,7 @@ def load(source: str, value: Path | None, eta: float | None, temperature: float 
         if eta is None:
             raise ValueError('an exported value network does not say its KL coefficient: give --eta, such as 0.1.')
         guide = None if math.isinf(eta) else guide
-    shardings = sharding.param_shardings(mesh, transformer.logical_axes(shape), transformer.param_shapes(shape))
+    shardings = transformer.param_shardings(shape, mesh)
     one = np.ones(1, np.float32)
     policy = Policy(
         eta=(math.inf if eta is None else eta) * one, temperature=sampler['temperature'] * one,
@@ -249,6 +249,10 @@ def _of_run(path: Path, mesh: Mesh) -> Guide:
 
 def _exported(path: Path, tokenizer: BPETokenizer, mesh: Mesh) -> Guide:
     about = read_json(path / HEAD_CONFIG)
+    missing = sorted({'type', 'head', 'atoms', 'num_scores', 'guidance', 'valid_for'} - about.keys())
+    if missing:
+        raise ValueError(f'{path / HEAD_CONFIG} lacks {missing[0]!r}: export the network again with '
+                         'experiments/export.py.')
     file = pretrained.open_checkpoint(path)
     tokenizer_pairs.check_used(tokenizer_pairs.compare(tokenizer, references.tokenizer_of(file)), tokenizer.eos_ids,
                                'ends an answer')
@@ -268,5 +272,5 @@ def _exported(path: Path, tokenizer: BPETokenizer, mesh: Mesh) -> Guide:
         raise ValueError(f'{path / HEAD} lacks the tensor {wrong[0]!r} in the shape {shapes["head"][wrong[0]].shape}.')
     params = {'trunk': pretrained.load_params(file, places['trunk'], np.dtype('float32')),
               'head': sharding.shard_params(head, places['head'])}
-    return Guide(Guidance(value=network, distribution=distribution), params, None, file.config.max_positions,
-                 about['valid_for'])
+    return Guide(Guidance(value=network, distribution=distribution, **about['guidance']), params, None,
+                 file.config.max_positions, about['valid_for'])

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from experiments import export as export_entry
 from experiments import generate as entry
-from qsharp_jax import chat, checkpoint, cli, experiment, train
+from qsharp_jax import chat, cli
 from qsharp_jax.data import tokenizers
 from qsharp_jax.models import pretrained
 from tests import published, test_pairs, tiny
@@ -35,14 +36,8 @@ def one_device() -> Iterator[None]:
 def workdir(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose value network has strong opinions."""
     root = tmp_path_factory.mktemp('run')
-    config = test_pairs.config_of(folders, root, value__head_init='normal')
     with tiny.devices(1):
-        train.prepare(config, root / 'run')
-        parts = experiment.load(experiment.outline(config, root / 'run'))
-        params = parts.init_value_params()
-        params['head']['kernel'] = 100 * params['head']['kernel']
-        checkpoint.save_params(parts.value_dir(1), params, parts.value_meta())
-    return root / 'run'
+        return tiny.run_of_opinions(test_pairs.config_of(folders, root, value__head_init='normal'), root / 'run')
 
 
 def answers(folders: tuple[Path, Path], *arguments: str) -> list[str]:
@@ -92,13 +87,18 @@ def test_guided_by_the_network_of_a_run_and_by_its_export(
     assert answers(folders, '--seed=3', value) == guided  # the run's own eta and sampler
     assert answers(folders, '--seed=3', value, '--eta=inf') == alone
     export_entry.main([f'--workdir={workdir}', f'--out={tmp_path}/out'])
-    candidates = test_pairs.OVERRIDES['guidance.candidates']
-    assert candidates != chat.Guidance().candidates
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat, 'Guidance', lambda **given: train.experiment.decoding.Guidance(
-            **{'candidates': candidates, **given}))
-        exported = answers(folders, '--seed=3', f'--value={tmp_path}/out/value', '--eta=0.1')
-    assert exported == guided
+    exported = tmp_path / 'out' / 'value'
+    assert answers(folders, '--seed=3', f'--value={exported}', '--eta=0.1') == guided
+    # It guides as its run does, not by default.
+    about = json.loads((exported / 'value_head.json').read_text())
+    assert about['guidance']['candidates'] == test_pairs.OVERRIDES['guidance.candidates'] != chat.Guidance().candidates
+    (exported / 'value_head.json').write_text(json.dumps({**about, 'guidance': {'outside': 'mean'}}))
+    assert answers(folders, '--seed=3', f'--value={exported}', '--eta=0.1') != guided
+    del about['guidance']
+    (exported / 'value_head.json').write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="lacks 'guidance': export the network again"):
+        answers(folders, f'--value={exported}', '--eta=0.1')
+    (exported / 'value_head.json').write_text(json.dumps({**about, 'guidance': {}}))
     (tmp_path / 'loose').symlink_to(workdir / 'checkpoints' / 'value_1')
     for arguments, words in (
             ([f'--value={tmp_path}/out/value'], 'does not say its KL coefficient: give --eta'),
@@ -158,6 +158,8 @@ def test_what_cannot_be_answered_is_refused(
 
 def test_options_of_a_checkpoint_are_not_those_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in ((['--workdir=x', '--top_p=0.5'], '--top_p goes with --reference'),
+                             (['--workdir=x', '--dtype=bfloat16'], '--dtype goes with --reference'),
+                             (['--reference=x', '--iteration=1'], '--iteration goes with --workdir'),
                              (['--workdir=x', '--reference=y'], 'not allowed with'), ([], 'is required')):
         with pytest.raises(SystemExit):
             entry.main(arguments)

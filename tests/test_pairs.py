@@ -39,7 +39,7 @@ OVERRIDES: dict[str, Any] = {
     'iterations': 1, 'task.chat': True, 'task.prefix': '', 'task.stop': '()', 'task.max_prompt_tokens': 128,
     'task.arithmetic.train_examples': 16, 'task.arithmetic.validation_examples': 4, 'task.arithmetic.test_examples': 4,
     'collect.examples': 0, 'collect.samples': 2, 'collect.block_examples': 8, 'collect.batch_rows': 16,
-    'value.init': 'pretrained', 'value.layers': 0, 'guidance.candidates': 5, 'guidance.outside': 'mean',
+    'value.init': 'pretrained', 'value.layers': 0, 'guidance.candidates': 5, 'guidance.outside': 'min',
     'eta': 0.1, 'fit.warmup_steps': 1,
     'fit.samples_per_row': 1, 'fit.frozen_layers': 0, 'fit.heldout_fraction': 0.2, 'eval.samples': 2, 'eval.maj_k': 2,
     'eval.etas': '0.1', 'eval.batch_rows': 8, 'eval.block_examples': 4, 'eval.reference_temperatures': '0.0',

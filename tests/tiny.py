@@ -16,7 +16,7 @@ import pytest
 
 from qsharp_jax import checkpoint
 from qsharp_jax import config as config_lib
-from qsharp_jax import sharding
+from qsharp_jax import experiment, sharding, train
 from qsharp_jax.data.dataset import Manifest
 from qsharp_jax.metrics import read_rows
 
@@ -112,6 +112,16 @@ def compiled_once(directory: Path) -> Iterator[None]:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def run_of_opinions(config: ml_collections.ConfigDict, workdir: Path) -> Path:
+    """Makes a run whose first value network, random but strong in its opinions, is finished; returns `workdir`."""
+    train.prepare(config, workdir)
+    parts = experiment.load(experiment.outline(config, workdir))
+    params = parts.init_value_params()
+    params['head']['kernel'] = 100 * params['head']['kernel']
+    checkpoint.save_params(parts.value_dir(1), params, parts.value_meta())
+    return workdir
 
 
 def outcome(workdir: str | os.PathLike[str]) -> dict[str, Any]:
