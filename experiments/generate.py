@@ -41,15 +41,17 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     lines = (line.rstrip('\n') for line in sys.stdin)
 
+    other, unread = ('workdir', ('iteration',)) if args.reference is not None else (
+        'reference', ('value', 'temperature', 'top_p', 'max_new_tokens', 'dtype', 'allow_other_reference'))
+    for name in unread:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f'--{name} goes with --{other}')
     if args.reference is not None:
         from qsharp_jax import chat  # after the command line is known to be right: it takes seconds to import
         chat.run(args.reference, args.value, args.prompt or lines, conversation=not args.prompt, eta=args.eta,
                  temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens, dtype=args.dtype,
                  samples=args.samples, seed=args.seed, raw=args.raw, allow_other=args.allow_other_reference)
         return
-    for name in ('value', 'temperature', 'top_p', 'max_new_tokens'):
-        if getattr(args, name) is not None:
-            parser.error(f'--{name} goes with --reference: a run has its own')
     from qsharp_jax import generate
     generate.run(args.workdir, args.prompt or list(lines), eta=args.eta, iteration=args.iteration,
                  samples=args.samples, seed=args.seed, raw=args.raw)

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from experiments import generate as entry
-from qsharp_jax import checkpoint, cli, experiment, generate, train
+from qsharp_jax import cli, generate
 from tests import tiny
 
 QUESTIONS = ['1,2|3,4|1,3|2,5/1,4=', '6,0|1,2|1,6|2,3/1,3=', '7,0|5,2|5,7|2,3/5,3=']
@@ -22,12 +22,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     config = tiny.config(root / 'data', iterations=2, value__head_init='normal', reference__pretrain__steps=2,
                          eval__batch_rows=8)
     with tiny.devices(1), tiny.compiled_once(root / 'compiled'):
-        train.prepare(config, root / 'run')
-        parts = experiment.load(experiment.outline(config, root / 'run'))
-        params = parts.init_value_params()
-        params['head']['kernel'] = 100 * params['head']['kernel']
-        checkpoint.save_params(parts.value_dir(1), params, parts.value_meta())
-        yield root / 'run'
+        yield tiny.run_of_opinions(config, root / 'run')
 
 
 def test_answers_are_text_and_depend_on_the_question_alone(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
