@@ -88,6 +88,15 @@ def ragged_logits(config, params, tokens, lengths, steps):
     return np.stack(found, axis=1)
 
 
+def check_logits(model, config, params, tokens, lengths, steps):
+    """Asserts that logits are those of `model` to 1e-4, in one pass, and from prompts of `lengths` step by step."""
+    expected = torch_logits(model, tokens)
+    np.testing.assert_allclose(plain_logits(config, params, tokens), expected, atol=1e-4, rtol=0)
+    got = ragged_logits(config, params, tokens, lengths, steps)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(got[row], expected[row, length:length + steps], atol=1e-4, rtol=0)
+
+
 def greedy(config, params, prompts, count):
     """The greedy continuations of prompts of any lengths, decoded in one batch.  # [B] lists of `count`"""
     reference = networks.reference(config)
