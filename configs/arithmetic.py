@@ -3,7 +3,7 @@
   python experiments/train.py --config=configs/arithmetic.py:tiny --workdir=runs/arithmetic_tiny
 
 Sizes:
-  tiny: two iterations in about ten minutes on two CPU cores: what `make demo` runs.
+  tiny: two iterations in about eleven minutes on two CPU cores: what `make demo` runs.
   small: more questions and answers, on a CPU within an hour or on one GPU.
   paper: the paper's recipe (16 answers a question, 5 epochs, AdamW 2e-5, constant) on this task.
 """
