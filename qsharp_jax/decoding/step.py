@@ -42,6 +42,7 @@ class Scored:
     mean: Array  # expected return, NaN where not scored  # [B, V]
     mask: Array  # [B, V] bool
     root_log_weight: Array  # [B]
+    tokens: Array  # that the network was given  # [] int32
     cache: Cache
 
 
@@ -60,6 +61,8 @@ def _score_chunk(how: Guidance, params: Params, state: DecodeState, policy: Poli
         mean=scored.mean.at[row, target].set(mean, mode='drop'),
         mask=scored.mask.at[row, target].set(True, mode='drop'),
         root_log_weight=how.distribution.log_weight(scores.root, policy.eta, how.offset),
+        # Without a score of the root all candidates are read off it.
+        tokens=scored.tokens + (1 + ids.shape[1] if how.value.scores_root else 1),
         cache=cache,
     )
 
@@ -86,6 +89,7 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
         mean=jnp.full((batch, vocab), jnp.nan, jnp.float32),
         mask=jnp.zeros((batch, vocab), bool),
         root_log_weight=jnp.zeros(batch, jnp.float32),
+        tokens=jnp.zeros((), jnp.int32),
         cache=state.value_cache,
     )
     if how.order == 'paper':
@@ -127,12 +131,12 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
     logits = sharding.constrain_rows(logits, like=policy.eta)
     sampler = guidance.sampler_log_probs(logits, policy)
     untruncated = guidance.reference_log_probs(logits, policy.reference_temperature)
-    value_cache, values = state.value_cache, state.values
+    value_cache, values, value_tokens = state.value_cache, state.values, state.value_tokens
     if how.value is None:
         log_probs = sampler
     else:
         scored = score_candidates(how, value_params, state, policy, logits, sampler)
-        value_cache = scored.cache
+        value_cache, value_tokens = scored.cache, value_tokens + jnp.where(active, scored.tokens, 0)
         log_probs = guidance.policy_log_probs(
             logits, scored.log_weight, scored.mask, scored.root_log_weight, state.count == 0, policy,
             outside=how.outside, order=how.order)
@@ -151,4 +155,5 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
         ended=state.ended | (active & is_eos(token, eos_ids)),
         kl=state.kl + jnp.where(active, guidance.kl_divergence(log_probs, untruncated), 0.0),
         values=values,
+        value_tokens=value_tokens,
     )
