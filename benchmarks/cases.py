@@ -1,20 +1,26 @@
 """What is measured, case by case: each yields the rows of one results file as soon as it has them."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import math
 from pathlib import Path
+import subprocess
+import sys
+import time
 from typing import Any
 
 from benchmarks import measure
-from benchmarks.measure import Contender, Worker
+from benchmarks.measure import Contender, Reply, Worker
 from benchmarks.workload import Guide, UNGUIDED
+from qsharp_jax.metrics import read_rows
 
 Row = dict[str, Any]
 
 REPEATS = 3
 CLOSE = 1e-3  # nats by which both sides' log-probabilities may differ
+ROOM = 64  # slots of our caches for an answer; the peer's grow with it
+PEER = 'PyTorch'
 
 GUIDES = {
     'unguided': UNGUIDED,
@@ -34,6 +40,7 @@ class Sides:
       data: folder of GSM8K.
       wanted: whether a row, by its name, is measured at all.
       full: also measure what takes long.
+      questions: what the prompts are from.
     """
 
     folder: Path
@@ -45,24 +52,36 @@ class Sides:
     def __post_init__(self) -> None:
         self._workers: dict[str, Worker] = {}
         self._exported: set[tuple[int, int]] = set()
+        self.agreements: dict[str, Row] = {}
 
     @property
     def ours(self) -> Worker:
         """The worker of our side."""
         if 'ours' not in self._workers:
-            self._workers['ours'] = Worker('ours')
-            self.questions = self.ours.call('setup', folder=str(self.folder), data=str(self.data))['questions']
+            self._workers['ours'] = self.fresh('ours')
         return self._workers['ours']
 
-    def peer(self, layers: int, prompt: int) -> Worker:
+    def peer(self, layers: int = 8, prompt: int = 64) -> Worker:
         """Returns the worker of the other side, to which these networks and prompts have been left."""
+        self.export(layers, prompt)
+        if 'peer' not in self._workers:
+            self._workers['peer'] = self.fresh('peer')
+        return self._workers['peer']
+
+    def export(self, layers: int, prompt: int) -> None:
+        """Leaves networks and prompts for the other side."""
         if (layers, prompt) not in self._exported:
             self.ours.call('export', layers=layers, prompt=prompt)
             self._exported.add((layers, prompt))
-        if 'peer' not in self._workers:
-            self._workers['peer'] = Worker('peer')
-            self._workers['peer'].call('setup', folder=str(self.folder))
-        return self._workers['peer']
+
+    def fresh(self, side: str) -> Worker:
+        """Returns a new process of a side."""
+        worker = Worker(side)
+        if side == 'ours':
+            self.questions = worker.call('setup', folder=str(self.folder), data=str(self.data))
+        else:
+            worker.call('setup', folder=str(self.folder))
+        return worker
 
     def about(self) -> dict[str, Any]:
         """Returns versions by side, and what the prompts are from."""
@@ -72,13 +91,13 @@ class Sides:
     def close(self) -> None:
         """Ends the workers."""
         for worker in self._workers.values():
-            worker.__exit__()
+            worker.close()
         self._workers.clear()
 
 
 def new_tokens(batch: int) -> int:
     """Returns how many tokens a row are timed: a second or two."""
-    return 32 if batch == 1 else 16 if batch <= 16 else 8
+    return {1: 32, 16: 8}.get(batch, 4)
 
 
 def decode(sides: Sides) -> Iterator[Row]:
@@ -91,12 +110,15 @@ def decode(sides: Sides) -> Iterator[Row]:
         name = f'decode/batch={batch}/prompt={prompt}/value={layers}'
         if not sides.wanted(name):
             continue
-        shape = dict(batch=batch, prompt=prompt, layers=layers, dtype='float32', room=64)
-        prefill = [sides.ours.call('prefill', **shape) for _ in range(2)][-1]
-        contenders = {label: Contender(sides.ours, 'decode', {
-            **shape, 'tokens': new_tokens(batch), 'guide': guide.message()}) for label, guide in GUIDES.items()}
-        yield measure.result(name, {**shape, 'tokens': new_tokens(batch)},
-                             measure.alternate(contenders, REPEATS), 'unguided', prefill={'ours': prefill})
+        shape = dict(batch=batch, prompt=prompt, layers=layers, dtype='float32', room=ROOM)
+        prefill = {'ours': _warm(sides.ours, 'prefill', **shape)}
+        tokens = new_tokens(batch)
+        contenders = {label: Contender(sides.ours, 'decode', {**shape, 'tokens': tokens, 'guide': guide.message()})
+                      for label, guide in GUIDES.items()}
+        work = {label: sides.ours.call('work', prompt=prompt, layers=layers, guide=guide.message())
+                for label, guide in GUIDES.items()}
+        yield measure.result(name, {**shape, 'tokens': tokens}, measure.alternate(contenders, REPEATS), 'unguided',
+                             prefill=prefill, work=work)
 
 
 def peer(sides: Sides) -> Iterator[Row]:
@@ -105,40 +127,112 @@ def peer(sides: Sides) -> Iterator[Row]:
     for batch, dtype in kinds:
         for label in ('unguided', 'guided', 'after_sampler'):
             name = f'peer/batch={batch}/{dtype}/{label}'
-            if sides.wanted(name):
-                yield _against_peer(sides, name, batch, dtype, GUIDES[label])
+            if not sides.wanted(name):
+                continue
+            shape = dict(batch=batch, prompt=64, layers=8, dtype=dtype)
+            tokens, asked = new_tokens(batch), GUIDES[label].message()
+            agreement = _agreement(sides, label)
+            prefill = {'ours': _warm(sides.ours, 'prefill', **shape, room=ROOM),
+                       PEER: _warm(sides.peer(), 'prefill', **shape)}
+            contenders = {
+                'ours': Contender(sides.ours, 'decode', {**shape, 'room': ROOM, 'tokens': tokens, 'guide': asked}),
+                PEER: Contender(sides.peer(), 'decode', {**shape, 'tokens': tokens, 'guide': asked})}
+            yield measure.result(name, {**shape, 'tokens': tokens}, measure.alternate(contenders, REPEATS), PEER,
+                                 prefill=prefill, agreement=agreement)
 
 
-def _against_peer(sides: Sides, name: str, batch: int, dtype: str, guide: Guide) -> Row:
-    shape = dict(batch=batch, prompt=64, layers=8, dtype=dtype)
-    other, tokens, asked = sides.peer(8, 64), new_tokens(batch), guide.message()
-    agreement = None if dtype != 'float32' else _agreement(sides, shape, guide)
-    prefill = {'ours': [sides.ours.call('prefill', **shape, room=64) for _ in range(2)][-1],
-               'PyTorch': [other.call('prefill', **shape) for _ in range(2)][-1]}
-    contenders = {
-        'ours': Contender(sides.ours, 'decode', {**shape, 'room': 64, 'tokens': tokens, 'guide': asked}),
-        'PyTorch': Contender(other, 'decode', {**shape, 'tokens': tokens, 'guide': asked})}
-    return measure.result(name, {**shape, 'tokens': tokens}, measure.alternate(contenders, REPEATS), 'PyTorch',
-                          prefill=prefill, agreement=agreement)
+def _warm(worker: Worker, call: str, **arguments: Any) -> Reply:
+    """Returns the second of two replies, for which nothing was compiled."""
+    worker.call(call, **arguments)
+    reply: Reply = worker.call(call, **arguments)
+    return reply
 
 
-def _agreement(sides: Sides, shape: dict[str, Any], guide: Guide, steps: int = 4) -> dict[str, float]:
-    """Returns how far both sides' laws lie apart along some forced tokens, the answer of nobody in particular.
+def _agreement(sides: Sides, label: str, rows: int = 4, steps: int = 4) -> Row:
+    """Returns how far both sides' float32 laws lie apart along some forced tokens, the answer of nobody in particular.
 
     Raises:
       RuntimeError: if that is more than rounding: what is timed would not be the same work.
     """
-    shape = {**shape, 'batch': min(shape['batch'], 8)}
-    forced = [[(97 * row + 31 * step) % 997 + 20 for step in range(steps)] for row in range(shape['batch'])]
-    path, = sides.ours.call('log_probs', **shape, forced=forced, guide=guide.message())
-    found: dict[str, float] = sides.peer(shape['layers'], shape['prompt']).call(
-        'log_probs', **shape, forced=forced, guide=guide.message(), ours=path)
-    if found['largest'] > CLOSE or found['other_support'] > 0.1 * found['laws']:
-        raise RuntimeError(f'both sides do not sample from the same law: {found}')
-    return found
+    if label not in sides.agreements:
+        forced = [[(97 * row + 31 * step) % 997 + 20 for step in range(steps)] for row in range(rows)]
+        asked = dict(batch=rows, prompt=64, layers=8, forced=forced, guide=GUIDES[label].message())
+        path = sides.ours.call('log_probs', **asked)
+        found: Row = sides.peer().call('log_probs', **asked, ours=path)
+        if found['largest'] > CLOSE or found['other_support'] > 0.1 * found['laws']:
+            raise RuntimeError(f'both sides do not sample from the same law: {found}')
+        sides.agreements[label] = found
+    return sides.agreements[label]
 
 
-CASES: dict[str, Callable[[Sides], Iterator[Row]]] = {'decode': decode, 'peer': peer}
+def collect(sides: Sides) -> Iterator[Row]:
+    """Roll-ins and roll-outs of very unequal length: one sentence, or line, each."""
+    name = 'collect/batch=16'
+    if sides.wanted(name):
+        shape = dict(prompts=8, samples=4, batch=16, room=ROOM, layers=8)
+        contenders = {label: Contender(sides.ours, 'collect', {**shape, 'guide': GUIDES[label].message()})
+                      for label in ('unguided', 'guided')}
+        replies = measure.alternate(contenders, REPEATS)
+        occupancy = {label: own[0]['active'] / own[0]['row_steps'] for label, own in replies.items()}
+        yield measure.result(name, shape, replies, 'unguided', 'pairs', occupancy=occupancy)
+
+
+def fit(sides: Sides) -> Iterator[Row]:
+    """One pass of the fit over the same samples, of equal and of unequal length, against PyTorch."""
+    for samples, per_row, batch in (('equal', 1, 16), ('unequal', 4, 4)):
+        name = f'fit/{samples}'
+        if not sides.wanted(name):
+            continue
+        work = {'ours': sides.ours.call('prepare_fit', samples=samples, samples_per_row=per_row, batch=batch, layers=8),
+                PEER: sides.peer().call('prepare_fit', samples=samples, batch=16, layers=8)}
+        contenders = {'ours': Contender(sides.ours, 'fit', {'samples': samples}),
+                      PEER: Contender(sides.peer(), 'fit', {'samples': samples})}
+        yield measure.result(name, dict(layers=8, dtype='float32'), measure.alternate(contenders, REPEATS), PEER,
+                             work=work)
+
+
+def startup(sides: Sides) -> Iterator[Row]:
+    """From a fresh process to the first token; and a second batch of another size."""
+    for label in ('unguided', 'guided'):
+        name = f'startup/{label}'
+        if not sides.wanted(name):
+            continue
+        sides.export(8, 64)
+        asked = dict(layers=8, guide=GUIDES[label].message())
+        replies: dict[str, list[Reply]] = {'ours': [], PEER: []}
+        for _ in range(REPEATS):
+            for side, who, shape in (('ours', 'ours', {'batch': 8}), ('peer', PEER, {})):
+                began = time.perf_counter()
+                worker = sides.fresh(side)
+                first = worker.call('first_token', rows=8, **shape, **asked)
+                seconds = time.perf_counter() - began
+                second = worker.call('first_token', rows=5, **shape, **asked)
+                worker.close()
+                replies[who].append({
+                    'seconds': seconds, 'tokens': 1, 'second_seconds': second['seconds'],
+                    **({'compilations': first['compilations'], 'second_compilations': second['compilations']}
+                       if side == 'ours' else {})})
+        yield {**measure.result(name, dict(layers=8, rows=8, second_rows=5), replies, PEER),
+               'seconds': {who: measure.spread([reply['seconds'] for reply in own]) for who, own in replies.items()}}
+
+
+def ledger(sides: Sides) -> Iterator[Row]:
+    """What an answer and a right answer cost, by policy: a small run of the demo's task, from its results.jsonl."""
+    name = 'ledger/arithmetic'
+    if not sides.wanted(name):
+        return
+    workdir = sides.folder / 'run'
+    smaller = {'iterations': 1, 'collect.examples': 450, 'task.arithmetic.test_examples': 50, 'eval.select_split': "''",
+               'eval.reference_temperatures': '0.0,', 'task.data_dir': sides.folder / 'data'}
+    subprocess.run(
+        [sys.executable, str(measure.ROOT / 'experiments' / 'train.py'), '--config=configs/arithmetic.py:tiny',
+         f'--workdir={workdir}', *(f'--config.{key}={value}' for key, value in smaller.items())],
+        cwd=measure.ROOT, env=measure.environment(), check=True, stdout=subprocess.DEVNULL)
+    yield {'name': name, 'policies': [row for row in read_rows(workdir / 'results.jsonl') if row['split'] == 'test']}
+
+
+CASES: Mapping[str, Callable[[Sides], Iterator[Row]]] = {
+    'decode': decode, 'peer': peer, 'collect': collect, 'fit': fit, 'startup': startup, 'ledger': ledger}
 
 
 def pick(names: Sequence[str]) -> Callable[[str], bool]:

@@ -10,10 +10,10 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any, Self
+from typing import Any
 
 DISTURBED = 0.05  # share of the machine that others may take in a round
-_PATIENCE = 3  # rounds at most, as a multiple of those wanted
+_PATIENCE = 2  # rounds at most, as a multiple of those wanted
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,11 +26,9 @@ class Worker:
     def __init__(self, side: str) -> None:
         """`side` is 'ours' or 'peer'."""
         self._side = side
-        environment = {'JAX_PLATFORMS': 'cpu', **os.environ, 'TOKENIZERS_PARALLELISM': 'false'}
-        environment['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
         self._process = subprocess.Popen(
             [sys.executable, '-m', 'benchmarks.worker', side], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env=environment)
+            text=True, env=environment())
 
     @property
     def pid(self) -> int:
@@ -53,13 +51,17 @@ class Worker:
             raise RuntimeError(f'{self._side}, {name}: {answer["error"]}')
         return answer['result']
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Ends the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+def environment() -> dict[str, str]:
+    """Returns the variables of a process that imports this checkout and, unless told otherwise, runs on the CPU."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
+    return {'JAX_PLATFORMS': 'cpu', **os.environ, 'TOKENIZERS_PARALLELISM': 'false', 'PYTHONPATH': path}
 
 
 @dataclasses.dataclass(frozen=True)

