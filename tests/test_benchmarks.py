@@ -171,7 +171,7 @@ class TinyTokenizer:
 def test_the_peer_samples_from_our_law(guide, tmp_path, monkeypatch):
     import torch
     ours, peer = tiny_sides(tmp_path, monkeypatch)
-    forced = np.random.default_rng(0).integers(0, 50, (6, 5)).tolist()
+    forced = np.random.default_rng(1).integers(0, 50, (6, 5)).tolist()
     asked = dict(batch=6, prompt=64, layers=2, forced=forced, guide=guide.message())
     with torch.no_grad():
         found = peer.log_probs(**asked, ours=ours.log_probs(**asked))
