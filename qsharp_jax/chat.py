@@ -210,7 +210,7 @@ def load(source: str, value: Path | None, eta: float | None, temperature: float 
         reference_temperature=(sampler['temperature'] or 1.0) * one)
     return Speaker(
         mesh=mesh, tokenizer=tokenizer,
-        reference=networks.reference(shape, min(shape.vocab_size, tokenizer.vocab_size)),
+        reference=references.network(shape, tokenizer),
         params=pretrained.load_params(file, shardings, number),
         max_positions=min(shape.max_positions, shape.max_positions if guide is None else guide.max_positions),
         guide=guide, policy=policy, max_new_tokens=sampler['max_new_tokens'])

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax import decoding, fit, learner, sharding
+from qsharp_jax import decoding, fit, learner, references, sharding
 from qsharp_jax.data.packing import FitBatch
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.models import networks, transformer
@@ -190,7 +190,7 @@ def with_layers(parts: Experiment, reference: int, value: int) -> Experiment:
     init = 'truncate' if parts.value_config.init in value_lib.WHOLE else parts.value_config.init
     value_config = dataclasses.replace(parts.value_config, init=init, layers=value)
     return dataclasses.replace(
-        parts, reference_config=shape, reference=networks.reference(shape, parts.reference.vocab_size),
+        parts, reference_config=shape, reference=references.network(shape, parts.tokenizer),
         value_config=value_config, value_shape=base, value=networks.value(base, value_config))
 
 

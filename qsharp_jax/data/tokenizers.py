@@ -45,6 +45,7 @@ class Tokenizer(abc.ABC):
 
     Attributes:
       vocab_size: one more than the greatest id.
+      holes: ids below it that no token has.
       eos_ids: every id that ends a text.
       bos_id: the id that begins a text, or None.
       bos_first: whether a plain prompt begins with `bos_id`; a chat template writes it itself where it is wanted.
@@ -52,6 +53,7 @@ class Tokenizer(abc.ABC):
     """
 
     vocab_size: int
+    holes: tuple[int, ...] = ()
     eos_ids: frozenset[int]
     bos_id: int | None
     bos_first: bool = False
@@ -103,7 +105,9 @@ class BPETokenizer(Tokenizer):
                  names: Mapping[str, str], chat_template: str | None, bos_first: bool = False) -> None:
         """`names` are the texts of special tokens as a template knows them, such as 'eos_token'."""
         self.backend = backend
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        ids = set(backend.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = max(ids) + 1
+        self.holes = tuple(sorted(set(range(self.vocab_size)) - ids))
         self.eos_ids = eos_ids
         self.bos_id = bos_id
         self.bos_first = bos_first
@@ -251,10 +255,9 @@ def from_gguf(metadata: Mapping[str, Any]) -> BPETokenizer:
     if pre not in PRE_TOKENIZERS:
         raise ValueError(f'tokenizer.ggml.pre is {pre!r}; allowed: {", ".join(PRE_TOKENIZERS)}.')
     tokens, types = read('ggml.tokens'), read('ggml.token_type')
-    while types and types[-1] == UNUSED:  # rows that pad the model's vocabulary
-        tokens, types = tokens[:-1], types[:-1]
     merges = [tuple(merge.split(' ')) for merge in read('ggml.merges')]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    # What is unused fills ids that no token has, at the end and in between.
+    vocabulary = {token: index for index, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in IGNORE_MERGES))
     if pre in COMPOSED:
         backend.normalizer = normalizers.NFC()
@@ -290,7 +293,7 @@ def from_folder(path: Path) -> BPETokenizer:
         raise ValueError(f'{path} has no tokenizer.json; other files of tokenizers are not read. Load it with '
                          'transformers.AutoTokenizer and save it with save_pretrained.')
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = _backend(file.read_text(encoding='utf-8'))
     except Exception as error:  # the library raises no narrower class
         raise ValueError(f'{file} is damaged, or newer than the package tokenizers: {error}') from error
     backend.no_truncation()
@@ -313,6 +316,17 @@ def from_folder(path: Path) -> BPETokenizer:
                          'is supported.')
     return BPETokenizer(backend, frozenset(eos_ids), added[0] if added else bos_id, {'bos_token': '', **names},
                         _chat_template(path, said), bos_first=bool(added))
+
+
+def _backend(text: str) -> tokenizers.Tokenizer:
+    """Returns the tokenizer of a tokenizer.json, each of its tokens with the id that the file says."""
+    backend, content = tokenizers.Tokenizer.from_str(text), json.loads(text)
+    # Where the vocabulary has holes, the library numbers the tokens added to it anew. Those inside it keep their ids.
+    added = {entry['content']: entry['id'] for entry in content.get('added_tokens') or []}
+    if any(backend.token_to_id(token) != index for token, index in added.items()):
+        content['model']['vocab'].update(added)
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    return backend
 
 
 def _chat_template(path: Path, said: Mapping[str, Any]) -> str | None:

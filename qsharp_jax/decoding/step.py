@@ -90,7 +90,8 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
     )
     if how.order == 'paper':
         ids = guidance.top_candidates(logits, count)
-        return _score_chunk(how, params, state, policy, ids, jnp.ones_like(ids, bool), empty)
+        possible = jnp.take_along_axis(logits, ids, axis=1) > -jnp.inf
+        return _score_chunk(how, params, state, policy, ids, possible, empty)
 
     # A row that needs no values (finished, or at eta = inf) must not make the batch go on for its nucleus.
     needed = (sampler > -jnp.inf) & (state.active & jnp.isfinite(policy.eta))[:, None]
