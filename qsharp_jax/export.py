@@ -59,7 +59,7 @@ def _open(workdir: Path, iteration: int) -> tuple[Experiment, Params]:
 
 
 def _about_value(parts: Experiment) -> dict[str, Any]:
-    """Returns how the head's scores are read, how the run guides with them and ends answers, what they are valid for."""
+    """Returns how the head's scores are read, how the run guides and ends answers, what the network is valid for."""
     distribution = parts.distribution
     return {'type': parts.value_config.kind, 'head': distribution.kind, 'atoms': list(distribution.atoms),
             'num_scores': distribution.num_scores, 'guidance': parts.config.guidance.to_dict(),

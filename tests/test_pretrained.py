@@ -54,8 +54,8 @@ def stored_tensors(params, config=SHAPE):
     return tensors
 
 
-def write(path, tensors, config=SHAPE, architecture='llama', kinds=None, leave_out=(), **extra):
-    """Writes a GGUF file with gguf's own writer and returns its path."""
+def write(path, tensors, config=SHAPE, architecture='llama', kinds=None, leave_out=(), tokenizer=None, **extra):
+    """Writes a GGUF file with gguf's own writer, a tokenizer's metadata among it, and returns its path."""
     writer = gguf.GGUFWriter(path, architecture)
     keys = {
         'block_count': config.layers, 'context_length': config.max_positions, 'embedding_length': config.width,
@@ -71,6 +71,9 @@ def write(path, tensors, config=SHAPE, architecture='llama', kinds=None, leave_o
     for name, number in extra.items():
         add = writer.add_string if isinstance(number, str) else writer.add_uint32
         add(f'{architecture}.{name.replace("__", ".")}', number)
+    for name, said in (tokenizer or {}).items():
+        adds = {list: writer.add_array, str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+        adds[type(said)](name, said)
     for name, array in tensors.items():
         kind = (kinds or {}).get(name, gguf.GGMLQuantizationType.F32)
         if kind == gguf.GGMLQuantizationType.I8:
