@@ -300,6 +300,12 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(gather, tree)
 
 
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come to the place that is called so."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f'qsharp_jax.{name}')
+
+
 def abstract(tree: Any, shardings: Any = None) -> Any:
     """Returns `tree` as jax.ShapeDtypeStructs with shardings: what a restore aims at, or a program is compiled for.
 

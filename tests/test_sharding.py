@@ -1,10 +1,6 @@
 """The mesh and the placement of arrays, on eight simulated devices and on two processes."""
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import textwrap
 import warnings
 
 from flax import struct
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 
 from qsharp_jax import sharding
+from tests.processes import run_two
 
 
 @pytest.mark.parametrize('sizes,shape', [
@@ -176,45 +173,28 @@ def test_caches_are_split_by_heads_and_products_left_where_the_table_is():
     np.testing.assert_array_equal(alone, jnp.ones((2, 3)))
 
 
-PROCESS = textwrap.dedent('''
-    import sys
-    import jax
-    import numpy as np
-    jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
-    from qsharp_jax import checkpoint, sharding
-    mesh = sharding.make_mesh(2, 2, 1)
-    x = np.arange(24.0, dtype=np.float32).reshape(8, 3)
-    batch = sharding.shard_batch(mesh, {'x': x, 'n': np.int32(3)})
-    assert not batch['x'].is_fully_addressable
-    assert len(batch['x'].addressable_shards) == 2
-    np.testing.assert_array_equal(sharding.to_host(batch)['x'], x)
-    total = jax.jit(lambda b: b['x'].sum() + b['n'])(batch)
-    assert sharding.to_host(total) == x.sum() + 3
-    saved = checkpoint.Checkpoints(sys.argv[3], keep=1)
-    saved.save(1, batch, {'at': 1})
-    saved.save(2, batch, {'at': 2})
-    state, meta = saved.restore_latest(batch)
-    assert meta == {'at': 2} and saved.all_steps() == [2]
-    np.testing.assert_array_equal(sharding.to_host(state)['x'], x)
-    checkpoint.save_params(sys.argv[3] + '/value', batch, {})
-    params, _ = checkpoint.restore_params(sys.argv[3] + '/value', batch)
-    np.testing.assert_array_equal(sharding.to_host(params)['x'], x)
-    print('done', flush=True)
-''')
+PROCESS = '''
+import numpy as np
+from qsharp_jax import checkpoint, sharding
+mesh = sharding.make_mesh(2, 2, 1)
+x = np.arange(24.0, dtype=np.float32).reshape(8, 3)
+batch = sharding.shard_batch(mesh, {'x': x, 'n': np.int32(3)})
+assert not batch['x'].is_fully_addressable
+assert len(batch['x'].addressable_shards) == 2
+np.testing.assert_array_equal(sharding.to_host(batch)['x'], x)
+total = jax.jit(lambda b: b['x'].sum() + b['n'])(batch)
+assert sharding.to_host(total) == x.sum() + 3
+saved = checkpoint.Checkpoints(sys.argv[3], keep=1)
+saved.save(1, batch, {'at': 1})
+saved.save(2, batch, {'at': 2})
+state, meta = saved.restore_latest(batch)
+assert meta == {'at': 2} and saved.all_steps() == [2]
+np.testing.assert_array_equal(sharding.to_host(state)['x'], x)
+checkpoint.save_params(sys.argv[3] + '/value', batch, {})
+params, _ = checkpoint.restore_params(sys.argv[3] + '/value', batch)
+np.testing.assert_array_equal(sharding.to_host(params)['x'], x)
+'''
 
 
 def test_two_processes_share_batches_and_checkpoints(tmp_path):
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    env = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2', 'PATH': ''}
-    running = [subprocess.Popen(
-        [sys.executable, '-c', PROCESS, str(port), str(i), str(tmp_path / 'run')], env=env,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
-    try:
-        outputs = [process.communicate(timeout=300) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for output, error in outputs:
-        assert 'done' in output, error[-3000:]
+    run_two(PROCESS, tmp_path / 'run', devices=2)
