@@ -22,6 +22,8 @@ POSITIONS = ('rope', 'learned')
 ACTIVATIONS = ('silu', 'gelu_tanh')
 ROPE_SCALINGS = ('linear', 'llama3', 'factors')
 HIDDEN = -1e30  # the score of a key that is not seen: finite, so that no row makes NaN
+QUERIES = 128  # attended to the keys up to them and no further ones, together
+PARTS = 8  # that the queries are split into at most: half of the keys are spared, and programs stay short
 SIZES = ('vocab_size', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp_width', 'max_positions')
 
 
@@ -321,8 +323,33 @@ def attend(
     """Returns the mixed values [B, T, H, Dh] of one softmax over cached and new keys together.
 
     The two parts are never concatenated, and keys and values are not repeated over the query heads of a
-    group. A query that sees nothing gets zeros.
+    group. A query that sees nothing gets zeros. The mask is expected to hide the keys behind each query.
     """
+    length = query.shape[1]
+    step = max(QUERIES, -(-length // PARTS))
+    if length <= step:
+        return _attend(query, key, value, block_mask, cached, cache_mask, scale)
+    mixed = []
+    for first in range(0, length, step):
+        rows, last = slice(first, first + step), first + step
+        seen = cache_mask if cache_mask is None or cache_mask.shape[1] == 1 else cache_mask[:, rows]
+        mixed.append(_attend(query[:, rows], key[..., :last], value[:, :, :last], block_mask[:, rows, :last], cached,
+                             seen, scale))
+    return jnp.concatenate(mixed, axis=1)
+
+
+def parameter(
+    module: nn.Module, name: str, draw: Callable[..., Any], axes: tuple[str | None, ...],
+    shape: tuple[int, ...], dtype: Any,
+) -> Array:
+    """Returns a parameter of `module` that remembers the logical names of its axes when it is initialised."""
+    return cast(Array, module.param(name, nn.with_logical_partitioning(draw, axes), shape, dtype))
+
+
+def _attend(
+    query: Array, key: Array, value: Array, block_mask: Array, cached: tuple[Array, Array] | None,
+    cache_mask: Array | None, scale: float | None,
+) -> Array:
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
@@ -339,22 +366,14 @@ def attend(
     top = functools.reduce(jnp.maximum, [score.max(axis=-1, keepdims=True) for score in scores])
     top = jax.lax.stop_gradient(top)
     total, mixed = jnp.float32(0), jnp.float32(0)
-    for score, (_, values, mask) in zip(scores, parts):
-        # Masked again: where a query sees nothing, every score equals the maximum.
-        weights = jnp.where(mask, jnp.exp(score - top), 0.0)
+    for score, (_, values, _) in zip(scores, parts):
+        weights = jnp.exp(score - top)
         total += weights.sum(axis=-1, keepdims=True)
         weights = weights.reshape(batch, kv_heads, groups * length, -1).astype(values.dtype)
         mixed += jnp.matmul(weights, values, preferred_element_type=jnp.float32)
-    mixed = mixed.reshape(batch, kv_heads, groups, length, head_dim) / jnp.where(total > 0, total, 1.0)
+    # Where a query sees nothing, every score equals the maximum.
+    mixed = mixed.reshape(batch, kv_heads, groups, length, head_dim) * jnp.where(top > HIDDEN, 1 / total, 0.0)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(query.dtype)
-
-
-def parameter(
-    module: nn.Module, name: str, draw: Callable[..., Any], axes: tuple[str | None, ...],
-    shape: tuple[int, ...], dtype: Any,
-) -> Array:
-    """Returns a parameter of `module` that remembers the logical names of its axes when it is initialised."""
-    return cast(Array, module.param(name, nn.with_logical_partitioning(draw, axes), shape, dtype))
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
