@@ -8,14 +8,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SETUP := setup.cfg pyproject.toml constraints.txt
-SOURCES := qsharp_jax configs experiments tests
+SOURCES := qsharp_jax configs experiments tests benchmarks
 
-.PHONY: demo test test-fast test-all lint clean
+.PHONY: demo bench test test-fast test-all lint clean
 
 # One row a step is what learns fastest here, and does not split over the devices of a larger machine.
 demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/demo.stamp
 	$(BIN)/python experiments/train.py --config=configs/arithmetic.py:tiny --workdir=$(WORKDIR)
+
+# Our decoder and fit beside the same work in PyTorch: half an hour on two cores (docs/performance.md).
+bench: export JAX_PLATFORMS ?= cpu
+bench: $(VENV)/parity.stamp
+	$(BIN)/python benchmarks/run.py
 
 test: lint
 	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not slow and not parity"

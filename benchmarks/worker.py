@@ -1,0 +1,34 @@
+"""One side in a process of its own: reads calls as JSON lines, answers each with one JSON line.
+
+  python -m benchmarks.worker ours|peer
+
+A call is {"call": name, ...arguments}; the answer {"result": ...} or {"error": text}. What a library prints goes to
+standard error, so that it cannot break the protocol.
+"""
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+
+SIDES = {'ours': 'benchmarks.ours', 'peer': 'benchmarks.peer'}
+
+
+def main() -> None:
+    """Serves calls until standard input ends."""
+    answers = os.fdopen(os.dup(1), 'w', encoding='utf-8', buffering=1)
+    os.dup2(2, 1)
+    side = importlib.import_module(SIDES[sys.argv[1]]).Side()
+    for line in sys.stdin:
+        message = json.loads(line)
+        try:
+            answer = {'result': getattr(side, message.pop('call'))(**message)}
+        except Exception:
+            answer = {'error': traceback.format_exc()}
+        answers.write(json.dumps(answer) + '\n')
+
+
+if __name__ == '__main__':
+    main()

