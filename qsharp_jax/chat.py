@@ -248,8 +248,8 @@ def _of_run(path: Path, mesh: Mesh) -> Guide:
     config = config_lib.from_json((workdir / 'config.json').read_text())
     parts = dataclasses.replace(experiment.outline(config, workdir), mesh=mesh)
     params, meta = checkpoint.restore_params(path, parts.value_target)
-    return Guide(parts.guidance(config.guidance.offset), params, float(config.eta), parts.eos_ids,
-                 parts.value_shape.max_positions, meta)
+    return Guide(parts.guidance(config.guidance.offset), parts.decoding_params(params), float(config.eta),
+                 parts.eos_ids, parts.value_shape.max_positions, meta)
 
 
 def _exported(path: Path, tokenizer: BPETokenizer, mesh: Mesh) -> Guide:

@@ -129,6 +129,16 @@ class Experiment:
         shapes = jax.eval_shape(self._start_value, base)
         return sharding.abstract(shapes, sharding.param_shardings(self.mesh, self.value_axes, shapes))
 
+    def decoding_params(self, params: Params) -> Params:
+        """Returns value parameters as `value.decoding_params` has them; None for None."""
+        return params and value_lib.decoding_params(params, self.value_config, self.value_shape)
+
+    @property
+    def decoding_target(self) -> Params:
+        """What `decoding_params` would return, as jax.ShapeDtypeStructs with shardings."""
+        shapes = jax.eval_shape(self.decoding_params, self.value_target)
+        return sharding.abstract(shapes, sharding.param_shardings(self.mesh, self.value_axes, shapes))
+
     def init_value_params(self) -> Params:
         """Returns the value network before any fit, on the mesh. The same in every iteration."""
         base = self.reference_params
