@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -264,3 +265,22 @@ def test_ids_that_pad_the_vocabulary_have_no_logit():
 def test_more_layers_than_the_reference_has_are_refused():
     with pytest.raises(ValueError, match='layers is 3, but the reference has 2'):
         networks.value(TINY, ValueConfig(num_scores=1, layers=3))
+
+
+def test_caches_are_written_in_place():
+    """In the loop over steps XLA copies no cache, which would cost more than what attention reads of it."""
+    reference, params = networks.reference(TINY), make_params(TINY)
+    start = (jnp.int32(0), make_tokens((4,)), jnp.arange(4) + 2, reference.init_cache(4, 11))
+
+    def write(params, state):
+        def step(state):
+            count, token, length, cache = state
+            logits, cache = reference.step(params, token, length, cache)
+            return count + 1, jnp.argmax(logits, axis=-1).astype(jnp.int32), length + 1, cache
+        return jax.lax.while_loop(lambda state: state[0] < 5, step, state)
+
+    program = jax.jit(write, donate_argnums=1).lower(params, start).compile().as_text()
+    keys = start[3].keys[0].shape
+    assert f'f32[{",".join(map(str, keys))}]' in program
+    for shape in (keys, start[3].values[0].shape):
+        assert not re.findall(rf'f32\[{",".join(map(str, shape))}\]\S* copy\(', program)

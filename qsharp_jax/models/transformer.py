@@ -141,8 +141,9 @@ class Transformer(nn.Module):
             rotation, seen, cache_seen = shared[which[index]]
             x, key, value = layer(x, rotation, seen, None if cache_seen is None else old, cache_seen)
             if old is not None:
-                keys.append(_write(old[0], key[..., :commit], cache_length, axis=-1))
-                values.append(_write(old[1], value[:, :, :commit], cache_length, axis=-2))
+                start = cache_length if cache_seen is None else _once_known(cache_length, x, old[0].shape[-1])
+                keys.append(_write(old[0], key[..., :commit], start, axis=-1))
+                values.append(_write(old[1], value[:, :, :commit], start, axis=-2))
         return self.final_norm(x), None if cache is None else KVCache(tuple(keys), tuple(values))
 
     def _restarted(self, x: Array, embedded: Array) -> Array:
@@ -360,6 +361,15 @@ def _within(
 
 def _layer(stack: Array, index: Array, axis: int = 1) -> Array:
     return jax.lax.dynamic_index_in_dim(stack, index, axis, keepdims=False)
+
+
+def _once_known(slots: Array, x: Array, capacity: int) -> Array:
+    """Returns `slots` [B], which then depend on what a layer gave, [B, T, D]: what it read must not be written before.
+
+    XLA is free to write a cache before it is read, and on CPU then copies every cache in every step to keep what was
+    there. A row whose stream is NaN is not written.
+    """
+    return jnp.where(jnp.isnan(x[:, 0, 0]), capacity, slots)
 
 
 def _write(array: Array, new: Array, start: Array | None, axis: int, layer: Array | None = None) -> Array:
