@@ -18,13 +18,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import decoding, estimators, progress, sharding, units
+from qsharp_jax import decoding, estimators, ledger, progress, sharding, units
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.experiment import Experiment, grade
 from qsharp_jax.metrics import replace_text
 from qsharp_jax.types import Params, Policy
 
 Row = dict[str, Any]
+
+_FORMAT = 2  # of the blocks' rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +77,8 @@ def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int] | 
         raise ValueError('policies that decode together must share one method and iteration.')
     name = f'{method}_{iteration}' if iteration else method
     # The directory names everything the rows depend on, so a changed evaluation never reads another's blocks.
-    identity = json.dumps([[p.key for p in policies], samples, batch_rows, block_examples, [int(i) for i in which],
-                           experiment.value_digest(iteration)], default=str)
+    identity = json.dumps([_FORMAT, [p.key for p in policies], samples, batch_rows, block_examples,
+                           [int(i) for i in which], experiment.value_digest(iteration)], default=str)
     directory = experiment.workdir / 'samples' / split / f'{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}'
     directory.mkdir(parents=True, exist_ok=True)
     width = units.prompt_width(prompts)
@@ -136,8 +138,9 @@ def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluat
         temperature=np.array([p.temperature for p in policies])[batch.policies])
     how = experiment.guidance(policies[0].method) if policies[0].guided else decoding.Guidance()
     state = write_answers(experiment, how, value_params, policy, batch, seed=config.seed)
-    tokens, count, ended, kl, values = sharding.to_host(
-        (state.tokens, state.count, state.ended, state.kl, state.values))
+    tokens, count, ended, kl, values, value_tokens = sharding.to_host(
+        (state.tokens, state.count, state.ended, state.kl, state.values, state.value_tokens))
+    work = _work(experiment, policies[0].guided, batch, count[:batch.real], value_tokens[:batch.real])
     answers = [tokens[i, :count[i]] for i in range(batch.real)]
     texts = [experiment.answer_text(answer) for answer in answers]
     rewards = grade(experiment, prompts, batch.index[:batch.real], texts)
@@ -154,8 +157,29 @@ def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluat
             'values': [_number(v) for v in value],
             'reward': _number(rewards[i]), 'reward_digest': experiment.reward.digest,
             'kl': float(kl[i]), 'truncated': not bool(ended[i]), 'seconds': seconds,
+            **{name: float(amounts[i]) for name, amounts in work._asdict().items()},
         })
     return rows
+
+
+def _work(experiment: Experiment, guided: bool, batch: units.UnitBatch, count: np.ndarray,
+          value_tokens: np.ndarray) -> ledger.Work:
+    """Returns what each real answer of a batch took.
+
+    Args:
+      experiment: the run.
+      guided: whether a value network was asked.
+      batch: what was answered.
+      count: tokens of each answer.  # [real]
+      value_tokens: tokens that the value network was given for it.  # [real]
+    """
+    rows = np.asarray(batch.units.rows)[:batch.real]
+    prompts = np.asarray(batch.units.lengths)[rows]
+    value = ledger.value_cost(
+        experiment.value_shape, experiment.value_config, experiment.config.guidance.candidates) if guided else None
+    return ledger.of_answers(
+        ledger.reference_cost(experiment.reference_config), value, prompts=prompts,
+        prefilled=ledger.prefilled_shares(prompts, rows, batch.shared), made=count, value_made=value_tokens)
 
 
 def write_answers(experiment: Experiment, how: decoding.Guidance, value_params: Params, policy: Policy,
@@ -184,7 +208,8 @@ def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float) -> Row:
     Returns:
       the keys of a row of results.jsonl that are measured. `kl` is Σ over an answer's tokens of the full-vocabulary
       KL(policy ‖ reference at the temperature of the run's sampler), mean over answers, in nats; `kl_per_token`
-      divides the total by the number of tokens. Standard errors are clustered by example.
+      divides the total by the number of tokens. Standard errors are clustered by example. What answers cost
+      (`ledger.Work`, and seconds) is given for each answer and for each right one: all of it over the right ones.
     """
     table = by_example(rows, v_min)
     rewards, kl = table['reward'], table['kl']
@@ -204,8 +229,15 @@ def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float) -> Row:
         'abstained': float(np.mean([row['reward'] is None for row in rows])),
         'tokens_per_answer': float(np.mean([len(row['tokens']) for row in rows])),
         'n_examples': int(rewards.shape[0]), 'n_samples': int(rewards.shape[1]),
-        'seconds': float(sum(row['seconds'] for row in rows)),
+        'seconds': float(sum(row['seconds'] for row in rows)), **_costs(rows, int(np.sum(rewards >= v_max))),
     }
+
+
+def _costs(rows: Sequence[Row], right: int) -> Row:
+    """Returns the mean cost of an answer, and of a right one; NaN if none is right."""
+    totals = {name: float(sum(row[name] for row in rows)) for name in (*ledger.Work._fields, 'seconds')}
+    return {f'{name}_per_{what}': total / number if number else math.nan for name, total in totals.items()
+            for what, number in (('answer', len(rows)), ('right_answer', right))}
 
 
 def by_example(rows: Sequence[Row], v_min: float) -> dict[str, Any]:

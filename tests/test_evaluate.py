@@ -14,9 +14,10 @@ from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.evaluate import Evaluated
 
 
-def row(example, sample, text, reward, *, kl=0.0, tokens=1, truncated=False, seconds=0.5):
+def row(example, sample, text, reward, *, kl=0.0, tokens=1, truncated=False, seconds=0.5, flops=1e9):
     return {'id': example, 'sample': sample, 'text': text, 'reward': reward, 'kl': kl, 'tokens': [0] * tokens,
-            'truncated': truncated, 'seconds': seconds}
+            'truncated': truncated, 'seconds': seconds, 'reference_tokens': tokens + 1.5, 'value_tokens': 4.0 * tokens,
+            'flops': flops, 'bytes': 2e9}
 
 
 # Two examples, four samples each, in no order. Example 3: a tie between a right and a wrong answer, and one
@@ -53,6 +54,17 @@ def test_the_summary_of_rows_counted_by_hand():
     assert found['tokens_per_answer'] == pytest.approx(20 / 8)
     assert (found['n_examples'], found['n_samples'], found['seconds']) == (2, 4, 4)
     json.dumps(found)
+
+
+def test_costs_are_shared_by_the_right_answers():
+    found = evaluate.summarise(ROWS, 4, 0.0, 1.0)  # three of eight are right
+    assert found['reference_tokens_per_answer'] == pytest.approx(20 / 8 + 1.5)
+    assert found['reference_tokens_per_right_answer'] == pytest.approx((20 + 12) / 3)
+    assert found['value_tokens_per_right_answer'] == pytest.approx(80 / 3)
+    assert found['flops_per_answer'] == 1e9 and found['bytes_per_right_answer'] == pytest.approx(16e9 / 3)
+    assert found['seconds_per_answer'] == 0.5 and found['seconds_per_right_answer'] == pytest.approx(4 / 3)
+    none = evaluate.summarise([row(0, 0, 'a', 0.0), row(1, 0, 'b', None)], 1, 0.0, 1.0)
+    assert none['flops_per_answer'] == 1e9 and math.isnan(none['flops_per_right_answer'])
 
 
 @pytest.mark.parametrize('k', (1, 2, 3))

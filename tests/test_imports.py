@@ -17,7 +17,7 @@ LAYERS = (
     ('categorical', 'guidance', 'estimators', 'calibration'),
     ('config_rules', 'config', 'progress', 'metrics', 'cli', 'report'),
     ('sharding', 'topology', 'optimizers', 'data', 'rewards', 'models', 'decoding'),
-    ('rollout', 'units', 'learner', 'checkpoint', 'baselines'),
+    ('rollout', 'units', 'learner', 'checkpoint', 'baselines', 'ledger'),
     ('references', 'experiment'),
     ('collect', 'fit', 'evaluate'),
     ('results', 'describe', 'programs'),

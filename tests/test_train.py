@@ -232,7 +232,7 @@ def test_a_reward_that_fails_costs_no_answer(straight: Path, data: Path, tmp_pat
         {row['id']: row['reward'] for path in sorted(run.glob('samples/test/reference-*/*.jsonl'))
          for row in read_rows(path)} for run in (workdir, straight))
     assert kept == wanted
-    drop = ('seconds', 'commit', 'gain_on_previous', 'gain_on_previous_se')
+    drop = (*tiny.TIMES, 'commit', 'gain_on_previous', 'gain_on_previous_se')
     rows = {json.dumps({name: row[name] for name in row if name not in drop})
             for row in read_rows(straight / 'results.jsonl') if row['iteration'] < 2}
     assert {json.dumps({name: row[name] for name in row if name not in drop})

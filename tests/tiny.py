@@ -124,12 +124,15 @@ def run_of_opinions(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     return workdir
 
 
+TIMES = 'seconds', 'seconds_per_answer', 'seconds_per_right_answer'
+
+
 def outcome(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Everything that a run must leave the same however often it was stopped, by name; times are left out."""
     workdir = Path(workdir)
     manifest = Manifest(workdir / 'dataset')
     found: dict[str, Any] = {
-        'results': [_without(row, 'seconds', 'commit') for row in read_rows(workdir / 'results.jsonl')],
+        'results': [_without(row, *TIMES, 'commit') for row in read_rows(workdir / 'results.jsonl')],
         'metrics': read_rows(workdir / 'metrics.jsonl'),
         'shards': [(shard.name, shard.n, shard.sha256) for shard in manifest.upto(10 ** 6)],
     }

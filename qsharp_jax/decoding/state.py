@@ -30,6 +30,8 @@ class DecodeState:
       keys: one key per row; the noise of answer position t is `fold_in(key, t)`.  # [B] keys
       kl: Σ over the answer's tokens of KL(policy ‖ reference), in nats.  # [B]
       values: expected return of each chosen token, NaN where it was not scored.  # [B, T]
+      value_tokens: tokens that the value network was given for this row by steps: chosen ones and candidates, also for
+        tokens that were cut off since.  # [B] int32
     """
 
     reference_cache: Cache
@@ -43,6 +45,7 @@ class DecodeState:
     keys: Array
     kl: Array
     values: Array
+    value_tokens: Array
 
     @property
     def length(self) -> Array:
@@ -128,6 +131,7 @@ def start(reference: Reference, value: Value | None, reference_params: Params, v
         keys=keys,
         kl=jnp.zeros(batch, jnp.float32),
         values=jnp.full((batch, buffer), jnp.nan, jnp.float32),
+        value_tokens=jnp.zeros(batch, jnp.int32),
     )
     return sharding.constrain_rows(state, like=rows)
 

@@ -45,6 +45,7 @@ class Scored:
     mean: Array  # expected return, NaN where not scored  # [B, V]
     mask: Array  # [B, V] bool
     root_log_weight: Array  # [B]
+    tokens: Array  # that the network was given  # [] int32
     cache: Cache
 
 
@@ -63,6 +64,8 @@ def _score_chunk(how: Guidance, params: Params, state: DecodeState, policy: Poli
         mean=scored.mean.at[row, target].set(mean, mode='drop'),
         mask=scored.mask.at[row, target].set(True, mode='drop'),
         root_log_weight=how.distribution.log_weight(scores.root, policy.eta, how.offset),
+        # Without a score of the root all candidates are read off it.
+        tokens=scored.tokens + (1 + ids.shape[1] if how.value.scores_root else 1),
         cache=cache,
     )
 
@@ -89,6 +92,7 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
         mean=jnp.full((batch, vocab), jnp.nan, jnp.float32),
         mask=jnp.zeros((batch, vocab), bool),
         root_log_weight=jnp.zeros(batch, jnp.float32),
+        tokens=jnp.zeros((), jnp.int32),
         cache=state.value_cache,
     )
     if how.order == 'paper':
@@ -148,14 +152,14 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
     logits, reference_cache = reference.step(reference_params, pending, length, state.reference_cache)
     # The law of a row is worked out whole: split over the vocabulary, its sorting would cross devices in every pass.
     logits = sharding.spread_rows(logits)
-    value_cache, values = state.value_cache, state.values
+    value_cache, values, value_tokens = state.value_cache, state.values, state.value_tokens
     if how.value is None:
         scored = None
     else:
         sampler = guidance.sampler_log_probs(logits, policy)
         scored = score_candidates(how, value_params, state, policy, logits, sampler)
-        value_cache = scored.cache
-        scored = dataclasses.replace(scored, cache=None)
+        value_cache, value_tokens = scored.cache, value_tokens + jnp.where(active, scored.tokens, 0)
+        scored = dataclasses.replace(scored, cache=None, tokens=None)
     token, mean, kl = sharding.map_rows(
         functools.partial(_draw, how), (policy, state.keys, state.count, logits, scored), 8 * logits.nbytes, _LAWS,
         spread=True)
@@ -173,4 +177,5 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
         ended=state.ended | (active & is_eos(token, eos_ids)),
         kl=state.kl + jnp.where(active, kl, 0.0),
         values=values,
+        value_tokens=value_tokens,
     ), like=policy.eta)

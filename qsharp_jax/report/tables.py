@@ -92,6 +92,8 @@ def table(rows: Sequence[Row], split: str, select_split: str = '') -> tuple[list
         Column('KL, nats', lambda row: _measured(row, 'kl')),
         Column('KL per token', lambda row: _measured(row, 'kl_per_token', digits=3)),
         Column('truncated %', lambda row: _percent(row, 'truncated')),
+        Column('GFLOP per answer', lambda row: _giga(row, 'flops_per_answer')),
+        Column('per right answer', lambda row: _giga(row, 'flops_per_right_answer')),
     ]
     texts = [[column.text(row) for row in shown] for column in columns]
     filled = [i for i, column in enumerate(texts) if i == 0 or any(column)]
@@ -164,6 +166,10 @@ def _measured(row: Row, field: str, digits: int = 2) -> str:
     if field not in row or row[field] is None:
         return ''
     return f'{row[field]:.{digits}f}' + _error(row, field, 1, digits)
+
+
+def _giga(row: Row, field: str) -> str:
+    return '' if row.get(field) is None else f'{row[field] / 1e9:,.3g}'
 
 
 def _error(row: Row, field: str, scale: float, digits: int) -> str:
