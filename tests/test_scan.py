@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qsharp_jax import config_rules, learner, optimizers, sharding
-from qsharp_jax.models import networks, pretrained, transformer
+from qsharp_jax.models import layers, networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import export
 from tests import tiny
@@ -173,3 +173,29 @@ def test_part_of_a_stack_cannot_be_frozen(tmp_path: Path):
     with pytest.raises(ValueError, match='config.value.scan_layers is True: stacked layers are trained together'):
         tiny.config(tmp_path, fit__frozen_layers=1, value__scan_layers=True)
     assert config_rules.CHOICES['reference.scan_layers'] == ('auto', 'yes', 'no')
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+def test_rows_that_attend_by_parts_see_what_all_see_at_once(name, monkeypatch):
+    (_, _), (config, stack) = both(name)
+    tokens, lengths = make_tokens((4, 9)), jnp.array([9, 4, 1, 6])
+
+    def written(params):
+        reference = networks.reference(config)
+        cache = reference.prefill(params, tokens, lengths, reference.init_cache(4, 16), 0)
+        return reference.step(params, tokens[:, 0], lengths, cache)
+
+    def pulled(params):
+        return jax.grad(lambda params: jnp.sum(plain_hidden(config, params, tokens) ** 2))(params)
+
+    expected = quick_jit(written)(stack), quick_jit(pulled)(stack)
+    calls = []
+    attend = layers.attend
+    monkeypatch.setattr(layers, 'attend', lambda query, *others: calls.append(len(query)) or attend(query, *others))
+    for limit in ('_SCORES', '_CACHED_SCORES'):
+        monkeypatch.setattr(layers, limit, 0)
+    monkeypatch.setattr(sharding, '_PART', 1)
+    close(quick_jit(lambda params: written(params))(stack), expected[0])
+    jax.clear_caches()  # traced without the limits
+    close(jax.jit(pulled)(stack), expected[1])
+    assert set(calls) == {1}

@@ -147,6 +147,46 @@ def test_arrays_made_under_jit_can_be_split_as_the_batch_is():
     assert jax.jit(make)(jnp.zeros((8, 1)))[0].shape == (8, 3)
 
 
+@pytest.mark.parametrize('sizes, spread, limit, at_once', [
+    ((1, 1, 1), False, 10 ** 9, 16), ((1, 1, 1), False, 0, 2), ((2, 2, 2), False, 0, 16), ((2, 1, 1), False, 0, 4),
+    ((2, 2, 2), True, 0, 16), ((1, 1, 4), False, 0, 8), ((1, 1, 4), True, 0, 8), ((2, 1, 2), False, 0, 8),
+    ((4, 1, 1), True, 10 ** 9, 16)])
+def test_rows_in_parts_are_rows_at_once(sizes, spread, limit, at_once, monkeypatch):
+    """Values, gradients, and how many rows there are in a part, of which a device has room for two."""
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))])
+    rng, seen = np.random.default_rng(0), []
+    x, y, fixed = (rng.normal(size=(16, 8)).astype(np.float32) for _ in range(3))
+    x, y, fixed = sharding.shard_batch(mesh, (x, y, fixed))
+    monkeypatch.setattr(sharding, '_PART', 2 * x.nbytes // 16)
+
+    def fn(both, fixed):
+        seen.append(fixed.shape[0])
+        return {'sum': jnp.sin(both['x']) * both['y'] + fixed, 'first': both['x'][:, 0]}
+
+    def parted(both):
+        both = jax.tree.map(sharding.spread_rows, both) if spread else both
+        return sharding.map_rows(fn, (both,), x.nbytes, limit, spread, (fixed,))
+
+    def pulled(fn):
+        return jax.jit(jax.grad(lambda both: jnp.sum(fn(both)['sum'] ** 2)))({'x': x, 'y': y})
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    found, grads = jax.jit(parted)({'x': x, 'y': y}), pulled(parted)
+    assert set(seen) == {at_once}
+    jax.tree.map(close, found, fn({'x': x, 'y': y}, fixed))
+    jax.tree.map(close, grads, pulled(lambda both: fn(both, fixed)))
+
+
+def test_rows_are_spread_over_all_devices_where_they_divide():
+    mesh = sharding.make_mesh(2, 1, 4)
+    for rows, local in ((16, 2), (6, 3)):
+        x = sharding.shard_batch(mesh, np.zeros((rows, 3), np.float32))
+        assert jax.jit(sharding.spread_rows)(x).sharding.shard_shape(x.shape) == (local, 3)
+    assert sharding.spread_rows(jnp.zeros(3)).shape == (3,)
+
+
 def test_caches_are_split_by_heads_and_products_left_where_the_table_is():
     @struct.dataclass
     class Cache:

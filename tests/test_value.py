@@ -284,3 +284,26 @@ def test_caches_are_written_in_place():
     assert f'f32[{",".join(map(str, keys))}]' in program
     for shape in (keys, start[3].values[0].shape):
         assert not re.findall(rf'f32\[{",".join(map(str, shape))}\]\S* copy\(', program)
+
+
+@kinds
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'qwen3'])
+def test_parameters_to_decode_with_give_the_same_scores(name, value_config):
+    config = dataclasses.replace(FAMILIES[name], dtype=jnp.bfloat16)
+    params = shaken(value_config, config)
+    fewer = value_lib.decoding_params(params, value_config, config)
+    value = networks.value(config, value_config)
+    tokens, lengths, candidates = make_tokens((3, 9)), jnp.array([9, 4, 1]), make_tokens((3, 4), seed=8)
+
+    @quick_jit
+    def scored(params):
+        cache = value.prefill(params, tokens, lengths, value.init_cache(3, 16), 0)
+        return value.score(params, tokens[:, 0], candidates, lengths, cache)
+
+    jax.tree.map(np.testing.assert_array_equal, scored(params), scored(fewer))
+    halves = {str(leaf.dtype) for leaf in jax.tree.leaves(fewer['trunk'])}
+    assert halves == {'bfloat16', 'float32'} and fewer['head'] is params['head']
+    kept = [path for path, leaf in jax.tree_util.tree_leaves_with_path(fewer['trunk']) if leaf.dtype == jnp.float32]
+    assert all('norm' in jax.tree_util.keystr(path) for path in kept)
+    same = value_lib.decoding_params(params, value_config, FAMILIES[name])
+    assert all(a is b for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(params)))
