@@ -36,6 +36,7 @@ class Guide:
       how: the guidance.
       params: its parameters, on the mesh.
       eta: KL coefficient of the run that it is of; None for an exported one.
+      eos_ids: every token that ends an answer of that run.
       max_positions: the longest sequence that it reads.
       meta: what it is valid for.
     """
@@ -43,6 +44,7 @@ class Guide:
     how: Guidance
     params: Params
     eta: float | None
+    eos_ids: tuple[int, ...]
     max_positions: int
     meta: Mapping[str, Any]
 
@@ -58,6 +60,7 @@ class Speaker:
       params: its parameters, on the mesh.
       max_positions: the longest sequence of prompt and answer.
       guide: what guides it; None for the reference alone.
+      eos_ids: every token that ends an answer.
       policy: eta and sampler, one row.
       max_new_tokens: most tokens of an answer.
     """
@@ -68,6 +71,7 @@ class Speaker:
     params: Params
     max_positions: int
     guide: Guide | None
+    eos_ids: tuple[int, ...]
     policy: Policy
     max_new_tokens: int
 
@@ -103,11 +107,10 @@ class Speaker:
         keys = decoding.unit_keys(seed, 0, 'evaluate', which, numbers)
         state = decoding.start(self.reference, how.value, self.params, value_params, *prompts, which, keys, limit(1),
                                self.max_new_tokens)
-        eos_ids = tuple(sorted(self.tokenizer.eos_ids))
         shown = ''
         for count in range(1, self.max_new_tokens + 1):
             state = decoding.decode(self.reference, how, self.params, value_params, policy,
-                                    state.replace(limit=limit(count)), eos_ids)
+                                    state.replace(limit=limit(count)), self.eos_ids)
             tokens, ended = sharding.to_host((state.tokens, state.ended))
             # Decoded from its beginning each time: a character may be of several tokens.
             text = self.tokenizer.decode(tokens[0, :count - int(ended[0])])
@@ -186,8 +189,10 @@ def load(source: str, value: Path | None, eta: float | None, temperature: float 
                                 scan_layers=references.scans('auto', mesh))
     guide = None if value is None else load_guide(Path(value), tokenizer, mesh)
     sampler: dict[str, Any] = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'max_new_tokens': 256}
+    eos_ids = set(tokenizer.eos_ids)
     if guide is not None:
         sampler.update(guide.meta['sampler'])
+        eos_ids |= set(guide.eos_ids)
     asked = {'temperature': temperature, 'top_p': top_p, 'max_new_tokens': max_new_tokens}
     sampler.update({name: given for name, given in asked.items() if given is not None})
     if sampler['temperature'] < 0 or not 0 < sampler['top_p'] <= 1 or sampler['max_new_tokens'] < 1:
@@ -210,10 +215,10 @@ def load(source: str, value: Path | None, eta: float | None, temperature: float 
         reference_temperature=(sampler['temperature'] or 1.0) * one)
     return Speaker(
         mesh=mesh, tokenizer=tokenizer,
-        reference=networks.reference(shape, min(shape.vocab_size, tokenizer.vocab_size)),
+        reference=references.network(shape, tokenizer),
         params=pretrained.load_params(file, shardings, number),
         max_positions=min(shape.max_positions, shape.max_positions if guide is None else guide.max_positions),
-        guide=guide, policy=policy, max_new_tokens=sampler['max_new_tokens'])
+        guide=guide, eos_ids=tuple(sorted(eos_ids)), policy=policy, max_new_tokens=sampler['max_new_tokens'])
 
 
 def load_guide(path: Path, tokenizer: BPETokenizer, mesh: Mesh) -> Guide:
@@ -243,13 +248,13 @@ def _of_run(path: Path, mesh: Mesh) -> Guide:
     config = config_lib.from_json((workdir / 'config.json').read_text())
     parts = dataclasses.replace(experiment.outline(config, workdir), mesh=mesh)
     params, meta = checkpoint.restore_params(path, parts.value_target)
-    return Guide(parts.guidance(config.guidance.offset), params, float(config.eta), parts.value_shape.max_positions,
-                 meta)
+    return Guide(parts.guidance(config.guidance.offset), parts.decoding_params(params), float(config.eta),
+                 parts.eos_ids, parts.value_shape.max_positions, meta)
 
 
 def _exported(path: Path, tokenizer: BPETokenizer, mesh: Mesh) -> Guide:
     about = read_json(path / HEAD_CONFIG)
-    missing = sorted({'type', 'head', 'atoms', 'num_scores', 'guidance', 'valid_for'} - about.keys())
+    missing = sorted({'type', 'head', 'atoms', 'num_scores', 'guidance', 'eos_ids', 'valid_for'} - about.keys())
     if missing:
         raise ValueError(f'{path / HEAD_CONFIG} lacks {missing[0]!r}: export the network again with '
                          'experiments/export.py.')
@@ -273,4 +278,4 @@ def _exported(path: Path, tokenizer: BPETokenizer, mesh: Mesh) -> Guide:
     params = {'trunk': pretrained.load_params(file, places['trunk'], np.dtype('float32')),
               'head': sharding.shard_params(head, places['head'])}
     return Guide(Guidance(value=network, distribution=distribution, **about['guidance']), params, None,
-                 file.config.max_positions, about['valid_for'])
+                 tuple(about['eos_ids']), file.config.max_positions, about['valid_for'])

@@ -15,7 +15,6 @@ import warnings
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
@@ -120,7 +119,7 @@ class Checkpoints:
                 if aside.exists():
                     aside.rmtree()
                 path.rename(aside)
-        _wait_for_all('set_aside')
+        sharding.wait_for_all('checkpoint.set_aside')
         if broken:
             self._manager.reload()
 
@@ -138,14 +137,14 @@ def save_params(directory: str | os.PathLike[str], params: Any, meta: Mapping[st
     if jax.process_index() == 0:
         path.mkdir(parents=True, exist_ok=True)
         (path / VALUE_FILE).unlink(missing_ok=True)
-    _wait_for_all('unlink')
+    sharding.wait_for_all('checkpoint.unlink')
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / _PARAMS, params, force=True)
     if jax.process_index() == 0:
         partial = path / f'{VALUE_FILE}.tmp'
         partial.write_text(json.dumps(_seal(meta, leaves), indent=2))
         partial.rename(path / VALUE_FILE)
-    _wait_for_all('written')
+    sharding.wait_for_all('checkpoint.written')
 
 
 def load_meta(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -283,8 +282,3 @@ def _fingerprint(leaf: Array) -> Array:
 
 def _normal(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f'qsharp_jax.checkpoint.{name}')

@@ -52,6 +52,7 @@ def collect_iteration(experiment: Experiment, iteration: int, value_params: Para
         'eta': float(eta), 'sampler': dict(config.sampling), 'budget': collect.budget, 'cut': collect.cut,
         'policy': experiment.value_digest(iteration - 1) if iteration > 1 else 'reference',
     }
+    value_params = experiment.decoding_params(value_params)
     width = units.prompt_width(prompts)
     blocks = [which[i:i + collect.block_examples] for i in range(0, len(which), collect.block_examples)]
     with progress.bar(f'collect {iteration}/{config.iterations}', total=len(which) * collect.samples,

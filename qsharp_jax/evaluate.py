@@ -82,6 +82,7 @@ def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int] | 
     directory = experiment.workdir / 'samples' / split / f'{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}'
     directory.mkdir(parents=True, exist_ok=True)
     width = units.prompt_width(prompts)
+    value_params = experiment.decoding_params(value_params)
     rows: list[Row] = []
     total = len(which) * samples * len(policies)
     with progress.bar(f'evaluate {name.replace("_", " ")} on {split}', total=total, unit='answers') as bar:

@@ -129,6 +129,16 @@ class Experiment:
         shapes = jax.eval_shape(self._start_value, base)
         return sharding.abstract(shapes, sharding.param_shardings(self.mesh, self.value_axes, shapes))
 
+    def decoding_params(self, params: Params) -> Params:
+        """Returns value parameters as `value.decoding_params` has them; None for None."""
+        return params and value_lib.decoding_params(params, self.value_config, self.value_shape)
+
+    @property
+    def decoding_target(self) -> Params:
+        """What `decoding_params` would return, as jax.ShapeDtypeStructs with shardings."""
+        shapes = jax.eval_shape(self.decoding_params, self.value_target)
+        return sharding.abstract(shapes, sharding.param_shardings(self.mesh, self.value_axes, shapes))
+
     def init_value_params(self) -> Params:
         """Returns the value network before any fit, on the mesh. The same in every iteration."""
         base = self.reference_params
@@ -189,11 +199,12 @@ def outline(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh | None 
     value_config = value_lib.ValueConfig(
         num_scores=distribution.num_scores, kind=value.type, init=value.init, layers=value.layers or None,
         extra_layers=value.extra_layers, extra_input=value.extra_input, head_init=value.head_init)
-    # Ids behind the tokenizer's pad the reference's vocabulary; special tokens behind the vocabulary are never used.
-    vocab_size = min(shape.vocab_size, tokenizer.vocab_size)
-    if config.guidance.candidates > vocab_size:
+    reference = references.network(shape, tokenizer)
+    vocab_size = reference.vocab_size
+    tokens = vocab_size - sum(hole < vocab_size for hole in tokenizer.holes)
+    if config.guidance.candidates > tokens:
         raise ValueError(f'guidance.candidates is {config.guidance.candidates}, but the vocabulary has '
-                         f'{vocab_size} tokens: lower it.')
+                         f'{tokens} tokens: lower it.')
     value_shape, value_tokenizer = references.value_outline(config, shape, tokenizer, planned)
     eos_ids = prompts_lib.eos_ids(config.task, tokenizer)
     differences: tokenizer_pairs.Differences = {}
@@ -212,7 +223,7 @@ def outline(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh | None 
     _check_splits(config)
     return Experiment(
         config=config, workdir=workdir, mesh=mesh, tokenizer=tokenizer, reference_config=shape,
-        reference_params=None, reference_digest='', reference=networks.reference(shape, vocab_size),
+        reference_params=None, reference_digest='', reference=reference,
         value_config=value_config, value_shape=value_shape, tokenizer_differences=differences, value_base_digest='',
         value=networks.value(value_shape, value_config), distribution=distribution,
         reward=rewards.load(config.reward), eos_ids=eos_ids)

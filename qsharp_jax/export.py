@@ -6,7 +6,7 @@ from typing import Any
 
 from qsharp_jax import checkpoint
 from qsharp_jax import config as config_lib
-from qsharp_jax import experiment, train
+from qsharp_jax import experiment, sharding, train
 from qsharp_jax.data.tokenizers import BPETokenizer
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.models import value as value_lib
@@ -18,7 +18,8 @@ def run(workdir: Path, out: Path, iteration: int = 0) -> list[Path]:
     """Writes `out`/reference and, if a fit is finished, `out`/value, and returns the folders.
 
     Each is whole for itself: config.json, weights, and the tokenizer of a published model. A run whose reference was
-    pre-trained here has a closed vocabulary, which is written to vocabulary.json.
+    pre-trained here has a closed vocabulary, which is written to vocabulary.json. Of several processes all call it, and
+    the first writes.
 
     Args:
       workdir: of the run.
@@ -32,6 +33,7 @@ def run(workdir: Path, out: Path, iteration: int = 0) -> list[Path]:
     workdir, out = Path(workdir), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'--out {out} holds something already: name a new directory.')
+    sharding.wait_for_all('export.begin')  # before one of several processes writes what another would find there
     parts, values = _open(workdir, iteration)
     # Before anything is written, in case one of them cannot be.
     export.family_of(parts.reference_config)
@@ -46,6 +48,7 @@ def run(workdir: Path, out: Path, iteration: int = 0) -> list[Path]:
         export.write_value(made[1], trunk, values, _about_value(parts), keys)
     for folder in made:
         _write_tokenizer(folder, parts.tokenizer, keys)
+    sharding.wait_for_all('export.end')
     return made
 
 
@@ -59,11 +62,11 @@ def _open(workdir: Path, iteration: int) -> tuple[Experiment, Params]:
 
 
 def _about_value(parts: Experiment) -> dict[str, Any]:
-    """Returns how the head's scores are read, how the run guides with them, and what they are valid for."""
+    """Returns how the head's scores are read, how the run guides and ends answers, what the network is valid for."""
     distribution = parts.distribution
     return {'type': parts.value_config.kind, 'head': distribution.kind, 'atoms': list(distribution.atoms),
             'num_scores': distribution.num_scores, 'guidance': parts.config.guidance.to_dict(),
-            'valid_for': parts.value_meta()}
+            'eos_ids': list(parts.eos_ids), 'valid_for': parts.value_meta()}
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any, keys: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
 """Does a run fit TPUs that are not there, and how fast could it be: its programs compiled for them, in numbers."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import dataclasses
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +20,6 @@ _NAME = 44  # characters of what a line is about
 _COLUMNS = ('arguments', 'of it caches', 'temporaries', 'new outputs', 'outputs in place', 'at most', 'compiled in')
 _ATTEMPTS = 4  # programs compiled in search of the largest batch
 _RESERVED = 2 ** 28  # bytes that the compiler keeps of each device's memory; one that does not fit says it exactly
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What one run of a program does on one device.
-
-    Attributes:
-      flops: arithmetic operations.
-      bytes: read and written by each of its instructions, as XLA counts them: several times what passes between the
-        device and its memory, for copies to and from the memory on the chip are counted like others.
-    """
-
-    flops: float
-    bytes: float
-
-    def plus(self, other: Cost, times: float) -> Cost:
-        """Returns this cost and another one, so many times."""
-        return Cost(self.flops + times * other.flops, self.bytes + times * other.bytes)
 
 
 def least_seconds(flops: float, moved: float, topology: Topology) -> tuple[float, str]:
@@ -75,30 +57,36 @@ def report(parts: Experiment, topology: Topology) -> Iterator[str]:
     yield f'\n{"memory of a device, GiB":<{_NAME}} ' + '  '.join(_COLUMNS)
     first = decoding_programs(parts, sizes)
     name = f'decode, {sizes.rows} rows x {sizes.width + sizes.buffer} slots'
-    moved = dict.fromkeys(('prefill', 'decode step', 'fit step'), math.nan)  # every argument and what is new once
+    work = []
     if isinstance(first, TooLarge):
         yield _refused(name, first)
     else:
         start, decode = first
-        caches = _bytes(sharding.abstract(
-            _caches(start.executable.out_info), _caches(start.executable.output_shardings)))
-        moved['prefill'] = start.memory.arguments + start.memory.outputs
-        moved['decode step'] = decode.memory.arguments
         yield _row(f'prefill, {sizes.prompts} prompts x {sizes.width} tokens', start, 0)
-        yield _row(name, decode, caches)
+        yield _row(name, decode, _caches(start))
+        work += [('prefill', start.program.run(), start, start.memory.outputs),
+                 ('decode step', decode.program.step(), decode, 0)]
+        start = programs.compile_(lambda: programs.prefill(parts, sizes, guided=False))
+        decode = programs.compile_(lambda: programs.decode(parts, sizes, start, guided=False))
+        yield _row('the same by the reference alone', decode, _caches(start))
+        work.append(('decode step by the reference alone', decode.program.step(), decode, 0))
     name = f'fit, {sizes.fit_rows} rows x {sizes.fit_length} tokens in {sizes.accumulate} part(s)'
     try:
-        fitted = programs.compile_(lambda: programs.update(parts, sizes, parts.config.fit.frozen_layers))
-        moved['fit step'] = fitted.memory.arguments + fitted.memory.outputs
+        fitted = programs.compile_(lambda: programs.update(parts, sizes))
         yield _row(name, fitted, 0)
         yield f'  the frozen reference is held beside it: at most {(fitted.memory.peak + held) / _GIBI:.2f}'
+        work.append(('fit step', fitted.program.run(), fitted, fitted.memory.outputs))
     except TooLarge as error:
         yield _refused(name, error)
-    yield f'\n{"work of a device":<{_NAME}}     TFLOP  GB it must move  GB by XLA\'s count  at least'
-    for name, cost in costs(parts, sizes):
-        least, reason = least_seconds(cost.flops, moved[name], topology)
-        yield (f'{name:<{_NAME}} {cost.flops / 1e12:9.4f}  {moved[name] / 1e9:15.2f}  {cost.bytes / 1e9:17.2f}  '
-               f'{1e3 * least:.2f} ms, by {reason}')
+    yield (f'\n{"work of a device":<{_NAME}}     TFLOP  of it again  GB it must move  GB it moves  GB by XLA\'s count  '
+           'at least')
+    for name, run, compiled, new in work:
+        least, reason = least_seconds(run.flops, run.bytes, topology)
+        used = (run.flops - run.again) / least / topology.flops
+        counted = (compiled.executable.cost_analysis() or {})['bytes accessed']
+        yield (f'{name:<{_NAME}} {run.flops / 1e12:9.4f}  {run.again / 1e12:11.4f}  '
+               f'{(compiled.memory.arguments + new) / 1e9:15.2f}  {run.bytes / 1e9:11.2f}  {counted / 1e9:17.2f}  '
+               f'{1e3 * least:.2f} ms, by {reason}: {used:.0%} of the peak')
     best = largest_batch(parts, sizes, memory - _RESERVED, first)
     yield (f'\nlargest batch: {best} rows decoded at once compiled within memory' if best else
            '\nno batch that was tried fits: take more devices, or split the parameters over more of them.')
@@ -127,54 +115,6 @@ def decoding_programs(parts: Experiment, sizes: Sizes) -> tuple[Compiled, Compil
         return start, programs.compile_(lambda: programs.decode(parts, sizes, start))
     except TooLarge as error:
         return error
-
-
-def costs(parts: Experiment, sizes: Sizes) -> Iterator[tuple[str, Cost]]:
-    """Yields what prefill, one decode step and one gradient step do.
-
-    The compiler counts the body of a loop once. That is right for the loop over steps; layers and parts of a gradient
-    are counted instead in programs with one and with two of them, none in a loop: every further one costs as much.
-    """
-    networks = parts.reference_config.layers, value_lib.trunk_config(
-        parts.value_config, parts.value_shape).layers - parts.value_config.extra_layers
-
-    @functools.cache
-    def decoding(reference: int, value: int) -> tuple[Cost, Cost]:
-        short = programs.with_layers(parts, reference, value)
-        start = programs.compile_(lambda: programs.prefill(short, sizes))
-        return _cost(start), _cost(programs.compile_(lambda: programs.decode(short, sizes, start)))
-
-    frozen = parts.config.fit.frozen_layers
-    least = (min(frozen, 1), 1 if frozen < networks[1] else 0)
-
-    def fitting(accumulate: int, frozen: int, trained: int) -> Cost:
-        short = programs.with_layers(parts, 1, frozen + trained)
-        rows = accumulate * (sizes.fit_rows // sizes.accumulate)
-        part = dataclasses.replace(sizes, fit_rows=rows, accumulate=accumulate)
-        return _cost(programs.compile_(lambda: programs.update(short, part, frozen, unroll=True)))
-
-    def fitted(accumulate: int) -> Cost:
-        return extrapolate(functools.partial(fitting, accumulate), least, (frozen, networks[1] - frozen))
-
-    yield 'prefill', extrapolate(lambda *n: decoding(*n)[0], (1, 1), networks)
-    yield 'decode step', extrapolate(lambda *n: decoding(*n)[1], (1, 1), networks)
-    yield 'fit step', extrapolate(fitted, (1,), (sizes.accumulate,))
-
-
-def extrapolate(measure: Callable[..., Cost], few: tuple[int, ...], many: tuple[int, ...]) -> Cost:
-    """Returns the cost of `many` of each kind of part, of which every further one costs the same.
-
-    Args:
-      measure: the cost of so many of each kind.
-      few: of each kind the fewest that can be measured.
-      many: of each kind how many there are.
-    """
-    total = base = measure(*few)
-    for kind, (start, end) in enumerate(zip(few, many, strict=True)):
-        if end > start:
-            more = measure(*(count + (other == kind) for other, count in enumerate(few)))
-            total = total.plus(more.plus(base, -1), end - start)
-    return total
 
 
 def largest_batch(parts: Experiment, sizes: Sizes, memory: float,
@@ -241,13 +181,13 @@ class Tried:
         return max(guess, most)
 
 
-def _cost(compiled: Compiled) -> Cost:
-    found = compiled.executable.cost_analysis() or {}
-    return Cost(found['flops'], found['bytes accessed'])
+def _caches(start: Compiled) -> int:
+    """Returns the memory of the caches that `start` leaves on one device."""
+    def of(state: Any) -> object:
+        return state.reference_cache, state.value_cache
 
-
-def _caches(state: object) -> object:
-    return getattr(state, 'reference_cache'), getattr(state, 'value_cache')
+    found = start.executable
+    return _bytes(sharding.abstract(of(found.out_info), of(found.output_shardings)))
 
 
 def _bytes(tree: object) -> int:

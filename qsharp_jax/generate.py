@@ -34,6 +34,7 @@ def run(workdir: Path, questions: Sequence[str], eta: float | None = None, itera
     if eta is not None and not eta > 0:
         raise ValueError(f'--eta is {eta:g}; it must be above 0 (inf is the reference itself).')
     parts, _, values = train.open_run(Path(workdir), iteration)
+    values = parts.decoding_params(values)
     config = parts.config
     eta = float(config.eta) if eta is None else eta
     task = config.task

@@ -74,7 +74,6 @@ def make_update(
     config: OptimizerConfig,
     state: LearnerState,
     accumulate: int = 1,
-    unroll: bool = False,
 ) -> jax.stages.Wrapped:
     """Returns one jitted update, (state, batch) -> (state, metrics), which consumes the state it is given.
 
@@ -84,7 +83,6 @@ def make_update(
       config: as in `init`.
       state: from `init`, or anything with its shapes; read for where its arrays live, which updates keep.
       accumulate: number of micro-batches that a batch's rows are worked through in, to save memory.
-      unroll: write them out one after the other instead of in a loop, for those who count a program's operations.
 
     The update compiles once per shape of the batch. Metrics are scalars of the whole batch: `loss` (see
     `FitBatch.weights`), `accuracy` (share of tokens, weighted as in the loss, whose predicted mean is on the
@@ -116,7 +114,7 @@ def make_update(
             zero = jnp.zeros((), jnp.float32)
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
             (grads, sums), _ = jax.lax.scan(
-                add, (zeros, (zero, zero)), _micro_batches(batch, accumulate), unroll=unroll)
+                add, (zeros, (zero, zero)), _micro_batches(batch, accumulate))
         loss, accuracy = sums
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = optimizers.merge(optax.apply_updates(trained, updates), frozen)

@@ -14,12 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax import decoding, fit, learner, sharding
+from qsharp_jax import decoding, fit, hlo, learner, sharding
 from qsharp_jax.data.packing import FitBatch
 from qsharp_jax.experiment import Experiment
-from qsharp_jax.models import networks, transformer
-from qsharp_jax.models import value as value_lib
-from qsharp_jax.models.transformer import TransformerConfig
+from qsharp_jax.models import transformer
 from qsharp_jax.types import Params, Policy
 
 _UNITS = {'': 1, 'K': 2 ** 10, 'M': 2 ** 20, 'G': 2 ** 30, 'T': 2 ** 40}
@@ -83,6 +81,11 @@ class Compiled:
     seconds: float
     executable: jax.stages.Compiled
 
+    @property
+    def program(self) -> hlo.Program:
+        """Its instructions."""
+        return hlo.Program(self.executable.as_text() or '')
+
 
 class TooLarge(Exception):
     """A program does not fit the memory of a device.
@@ -131,7 +134,7 @@ def prefill(parts: Experiment, sizes: Sizes, guided: bool = True) -> jax.stages.
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), sizes.rows))
     return decoding.start.lower(
         parts.reference, parts.value if guided else None, reference_params(parts),
-        parts.value_target if guided else None,
+        parts.decoding_target if guided else None,
         _array((sizes.prompts, sizes.width), jnp.int32, whole), _array((sizes.prompts,), jnp.int32, whole),
         _array((sizes.rows,), jnp.int32, split), _array(keys.shape, keys.dtype, split),
         _array((sizes.rows,), jnp.int32, split), buffer=sizes.buffer)
@@ -146,22 +149,13 @@ def decode(parts: Experiment, sizes: Sizes, start: Compiled, guided: bool = True
     state = sharding.abstract(start.executable.out_info, start.executable.output_shardings)
     how = parts.guidance(parts.config.guidance.offset) if guided else decoding.Guidance()
     return decoding.decode.lower(
-        parts.reference, how, reference_params(parts), parts.value_target if guided else None, policy, state,
+        parts.reference, how, reference_params(parts), parts.decoding_target if guided else None, policy, state,
         eos_ids=parts.eos_ids)
 
 
-def update(parts: Experiment, sizes: Sizes, frozen_layers: int, unroll: bool = False) -> jax.stages.Lowered:
-    """Returns one gradient step of the fit.
-
-    Args:
-      parts: an outline.
-      sizes: of its batch.
-      frozen_layers: as in the config's section `fit`.
-      unroll: write the parts of an accumulated gradient out one after the other instead of in a loop.
-    """
-    section = parts.config.fit
-    optimizer = dataclasses.replace(
-        fit.optimizer_config(section, section.warmup_steps + 1), frozen_layers=frozen_layers)
+def update(parts: Experiment, sizes: Sizes) -> jax.stages.Lowered:
+    """Returns one gradient step of the fit."""
+    optimizer = fit.optimizer_config(parts.config.fit, parts.config.fit.warmup_steps + 1)
     state = learner.abstract_state(parts.value_target, optimizer)
 
     def array(dtype: Any) -> Any:
@@ -170,28 +164,8 @@ def update(parts: Experiment, sizes: Sizes, frozen_layers: int, unroll: bool = F
     whole, real = array(jnp.int32), array(jnp.float32)
     batch = FitBatch(tokens=whole, ends=whole, positions=whole, parents=whole, examples=whole, answer_positions=whole,
                      rewards=real, weights=real)
-    step = learner.make_update(fit.scores_fn(parts), parts.distribution, optimizer, state, sizes.accumulate, unroll)
+    step = learner.make_update(fit.scores_fn(parts), parts.distribution, optimizer, state, sizes.accumulate)
     return step.lower(state, batch)
-
-
-def with_layers(parts: Experiment, reference: int, value: int) -> Experiment:
-    """Returns the same run with networks of fewer layers, none of them scanned: of their costs all others follow.
-
-    Args:
-      parts: an outline.
-      reference: layers of the reference.
-      value: layers of the value network below its extra ones.
-    """
-    def shortened(shape: TransformerConfig, layers: int) -> TransformerConfig:
-        return dataclasses.replace(shape, layers=layers, layer_windows=shape.layer_windows[:layers], scan_layers=False)
-
-    shape = shortened(parts.reference_config, reference)
-    base = dataclasses.replace(parts.value_shape, scan_layers=False)
-    init = 'truncate' if parts.value_config.init in value_lib.WHOLE else parts.value_config.init
-    value_config = dataclasses.replace(parts.value_config, init=init, layers=value)
-    return dataclasses.replace(
-        parts, reference_config=shape, reference=networks.reference(shape, parts.reference.vocab_size),
-        value_config=value_config, value_shape=base, value=networks.value(base, value_config))
 
 
 def reference_params(parts: Experiment) -> Params:

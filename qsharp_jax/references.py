@@ -11,12 +11,12 @@ import ml_collections
 
 from qsharp_jax.baselines import pretraining
 from qsharp_jax.data import tokenizers
-from qsharp_jax.models import pretrained, transformer
+from qsharp_jax.models import networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import Checkpoint
 from qsharp_jax.models.transformer import TransformerConfig
 from qsharp_jax.models.value import ValueConfig
-from qsharp_jax.types import Params
+from qsharp_jax.types import Params, Reference
 
 # Whether `reference.scan_layers` 'auto' scans. For TPUs a scanned 8B model compiles in a fraction of the time
 # (docs/scaling.md); a CPU copies the stack's weights and cache in every step. Others were not measured.
@@ -45,6 +45,14 @@ def outline(
     dtype = jnp.dtype(config.reference.dtype)
     scan = scans(config.reference.scan_layers, mesh)
     return dataclasses.replace(shape, dtype=dtype, param_dtype=dtype, scan_layers=scan), published
+
+
+def network(shape: TransformerConfig, tokenizer: tokenizers.Tokenizer) -> Reference:
+    """Returns the reference of this shape as a function, of whose ids only those that the tokenizer has are seen.
+
+    Special tokens behind the model's ids, which `outline` warns of, are none of them.
+    """
+    return networks.reference(shape, min(shape.vocab_size, tokenizer.vocab_size), tokenizer.holes)
 
 
 def scans(choice: str, mesh: Mesh) -> bool:

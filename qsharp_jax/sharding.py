@@ -12,11 +12,13 @@ import warnings
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = (DATA, FSDP)
+_PART = 2 ** 23  # bytes a device of a part in `map_rows`: some of the memory on a chip
 
 # Logical axis of a parameter -> mesh axis that it is split over (None: whole on every device).
 LOGICAL_AXES: dict[str, str | None] = {
@@ -257,6 +259,69 @@ def constrain_rows(tree: Any, like: jax.Array) -> Any:
     return jax.tree.map(place, tree, is_leaf=lambda node: hasattr(node, 'axes'))
 
 
+def spread_rows(array: jax.Array) -> jax.Array:
+    """Returns `array`, inside jit, with its leading axis split over all devices, where it divides.
+
+    For what is worked out for each row alone, from no parameters: devices that share the products of a row would all
+    do the same. Off a mesh, `array` is returned as it is.
+    """
+    mesh = jax.typeof(array).sharding.mesh
+    if not set(AXES) <= set(mesh.axis_names):
+        return array
+    if array.shape[0] % mesh.size:
+        return constrain_rows(array, array)
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(AXES)))
+
+
+def map_rows(fn: Callable[..., Any], arguments: tuple[Any, ...], size: int, limit: int, spread: bool = False,
+             fixed: tuple[Any, ...] = ()) -> Any:
+    """Returns `fn(*arguments, *fixed)`, inside jit, worked out for some rows after the others where it is large.
+
+    What is small enough the compiler keeps on the chip. The gradient works each part out again.
+
+    Args:
+      fn: from and to trees of arrays with rows as leading axis, in which rows do not touch.
+      arguments: its arguments.
+      size: bytes of what `fn` keeps in between, of all rows on all devices.
+      limit: bytes a device up to which all rows are worked out at once.
+      spread: whether rows are split as `spread_rows` does, not as `constrain_rows`.
+      fixed: more arguments, so large that they must lie still; without a gradient.
+    """
+    first = jax.tree.leaves(arguments)[0]
+    mesh = jax.typeof(first).sharding.mesh
+    on_mesh = set(AXES) <= set(mesh.axis_names)
+    devices = mesh.size if on_mesh else 1
+    rows, shards = first.shape[0], batch_shards(mesh) if on_mesh else 1
+    if spread and rows % devices == 0:
+        shards = devices
+    if size <= limit * devices or rows % shards:
+        return fn(*arguments, *fixed)
+    most = max(rows // shards * _PART * devices // size, 1)  # rows of a device that are small enough
+    count = max(number for number in range(1, most + 1) if rows // shards % number == 0)
+    parts = rows // shards // count
+
+    # In each part every device has rows of its own, so that none has to move.
+    def view(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(shards, parts, count, *leaf.shape[1:])
+
+    def flat(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(shards * count, *leaf.shape[2:])
+
+    def one(part: tuple[jax.Array, Any]) -> Any:
+        number, mine = part
+        still = jax.tree.map(
+            lambda leaf: flat(jax.lax.dynamic_index_in_dim(view(leaf), number, 1, keepdims=False)), fixed)
+        return fn(*jax.tree.map(flat, mine), *still)
+
+    split = jax.tree.map(lambda leaf: view(leaf).swapaxes(0, 1), arguments)
+    done = jax.lax.map(jax.checkpoint(one), (jnp.arange(parts), split))
+
+    def merge(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(parts, shards, count, *leaf.shape[2:]).swapaxes(0, 1).reshape(rows, *leaf.shape[2:])
+
+    return jax.tree.map(merge, done)
+
+
 def constrain_last(array: jax.Array, name: str) -> jax.Array:
     """Returns `array`, inside jit, with its last axis split as the table says for a logical name; the others are free.
 
@@ -298,6 +363,12 @@ def to_host(tree: Any) -> Any:
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
     return jax.tree.map(gather, tree)
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come to the place that is called so."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f'qsharp_jax.{name}')
 
 
 def abstract(tree: Any, shardings: Any = None) -> Any:

@@ -66,7 +66,7 @@ class Reference:
         start + lengths - 1 of each row behind the `start` (an int, the same for all rows) that the cache holds;
         tokens at or beyond `lengths` are padding of any value.
       step: (params, token [B], length [B], cache) -> (logits [B, V] float32, Cache). Puts `token` at position
-        `length` and returns the logits of the token after it.
+        `length` and returns the logits of the token after it, -inf for ids that no token has.
     """
 
     vocab_size: int

@@ -11,11 +11,12 @@ import pytest
 
 from experiments import export as export_entry
 from experiments import generate as entry
-from qsharp_jax import chat, cli
+from qsharp_jax import chat, cli, generate
 from qsharp_jax.data import tokenizers
 from qsharp_jax.models import pretrained
 from tests import published, test_pairs, tiny
 
+RUN = {'value__head_init': 'normal', 'task__template': '{question}'}
 PROMPTS = ['What is 2 + 3?', 'Name a colour.']
 
 
@@ -37,7 +38,7 @@ def workdir(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     """A run whose value network has strong opinions."""
     root = tmp_path_factory.mktemp('run')
     with tiny.devices(1):
-        return tiny.run_of_opinions(test_pairs.config_of(folders, root, value__head_init='normal'), root / 'run')
+        return tiny.run_of_opinions(test_pairs.config_of(folders, root, **RUN), root / 'run')
 
 
 def answers(folders: tuple[Path, Path], *arguments: str) -> list[str]:
@@ -106,6 +107,31 @@ def test_guided_by_the_network_of_a_run_and_by_its_export(
             ([f'--value={tmp_path}/loose'], 'is not inside its run')):
         with pytest.raises(ValueError, match=words):
             answers(folders, *arguments)
+
+
+def test_answers_end_where_those_of_the_run_do(
+        folders: tuple[Path, Path], tmp_path: Path, workdir: Path) -> None:
+    own, alone = test_pairs.OVERRIDES['eta'], float('inf')
+    endless = {eta: generate.run(workdir, PROMPTS[:1], eta, samples=4)[0] for eta in (own, alone)}
+    tokenizer = tokenizers.from_folder(folders[0])
+    said = ''.join(endless[own]) + ''.join(endless[alone])
+    stop = tuple(text for token, text in enumerate(tokenizer.pieces(range(tokenizer.vocab_size)))
+                 if token % 2 and text in said and tokenizer.encode(text) == [token])
+    stopping = tiny.run_of_opinions(test_pairs.config_of(folders, tmp_path, task__stop=stop, **RUN), tmp_path / 'run')
+    export_entry.main([f'--workdir={stopping}', f'--out={tmp_path}/out'])
+    for eta, whole in endless.items():
+        expected = generate.run(stopping, PROMPTS[:1], eta, samples=4)[0]
+        assert expected != whole
+        assert all(text.startswith(part.rstrip('\ufffd')) for text, part in zip(whole, expected, strict=True))
+        for value, asked in ((stopping / 'checkpoints' / 'value_1', None if eta == own else eta),
+                             (tmp_path / 'out' / 'value', eta)):
+            assert chat.run(str(folders[0]), value, PROMPTS[:1], conversation=False, eta=asked, samples=4) == expected
+    path = tmp_path / 'out' / 'value' / 'value_head.json'
+    about = json.loads(path.read_text())
+    del about['eos_ids']
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="lacks 'eos_ids': export the network again"):
+        answers(folders, f'--value={path.parent}', '--eta=0.1')
 
 
 def test_another_reference_is_refused_unless_asked_for(

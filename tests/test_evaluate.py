@@ -121,7 +121,8 @@ def fixture_asked(monkeypatch):
 
 @pytest.fixture(name='experiment')
 def fixture_experiment(tmp_path):
-    return types.SimpleNamespace(workdir=tmp_path, value_digest=lambda iteration: f'network {iteration}',
+    return types.SimpleNamespace(workdir=tmp_path, decoding_params=lambda params: params,
+                                 value_digest=lambda iteration: f'network {iteration}',
                                  reward=types.SimpleNamespace(digest='reward'))
 
 

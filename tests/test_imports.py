@@ -16,7 +16,7 @@ LAYERS = (
     ('types',),
     ('categorical', 'guidance', 'estimators', 'calibration'),
     ('config_rules', 'config', 'progress', 'metrics', 'cli', 'report'),
-    ('sharding', 'topology', 'optimizers', 'data', 'rewards', 'models', 'decoding'),
+    ('sharding', 'topology', 'hlo', 'optimizers', 'data', 'rewards', 'models', 'decoding'),
     ('rollout', 'units', 'learner', 'checkpoint', 'baselines', 'ledger'),
     ('references', 'experiment'),
     ('collect', 'fit', 'evaluate'),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import gguf
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qsharp_jax import sharding
 from qsharp_jax.models import pretrained, transformer
 from qsharp_jax.models.pretrained import gguf as gguf_files
 from qsharp_jax.models.pretrained import sources
@@ -54,8 +56,8 @@ def stored_tensors(params, config=SHAPE):
     return tensors
 
 
-def write(path, tensors, config=SHAPE, architecture='llama', kinds=None, leave_out=(), **extra):
-    """Writes a GGUF file with gguf's own writer and returns its path."""
+def write(path, tensors, config=SHAPE, architecture='llama', kinds=None, leave_out=(), tokenizer=None, **extra):
+    """Writes a GGUF file with gguf's own writer, a tokenizer's metadata among it, and returns its path."""
     writer = gguf.GGUFWriter(path, architecture)
     keys = {
         'block_count': config.layers, 'context_length': config.max_positions, 'embedding_length': config.width,
@@ -71,6 +73,9 @@ def write(path, tensors, config=SHAPE, architecture='llama', kinds=None, leave_o
     for name, number in extra.items():
         add = writer.add_string if isinstance(number, str) else writer.add_uint32
         add(f'{architecture}.{name.replace("__", ".")}', number)
+    for name, said in (tokenizer or {}).items():
+        adds = {list: writer.add_array, str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+        adds[type(said)](name, said)
     for name, array in tensors.items():
         kind = (kinds or {}).get(name, gguf.GGMLQuantizationType.F32)
         if kind == gguf.GGMLQuantizationType.I8:
@@ -269,6 +274,30 @@ def test_many_formats_are_known():
     names = {kind.name for kind in dequantised()}
     assert names >= {'F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K',
                      'Q6_K', 'IQ4_NL', 'IQ4_XS', 'IQ2_XXS'}
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('scan', [True, False])
+def test_only_rows_that_a_device_keeps_are_read_and_those_once(tmp_path, monkeypatch, tied, scan):
+    config = dataclasses.replace(SHAPE, tied_embeddings=tied)
+    tensors = stored_tensors(random_params(config), config)
+    kinds = {name: gguf.GGMLQuantizationType.Q8_0 for name, array in tensors.items() if array.ndim == 2}
+    file = pretrained.open_checkpoint(write(tmp_path / 'a.gguf', tensors, config, kinds=kinds))
+    expected, found, read = pretrained.load_params(file), {}, gguf_files.StoredTensor.read
+
+    def counted(self, dtype, rows=slice(None)):
+        place = next(name for name, tensor in file.tensors.items() if tensor is self)
+        found.setdefault(place, []).append(range(*rows.indices(self.shape[0])))
+        return read(self, dtype, rows)
+
+    monkeypatch.setattr(gguf_files.StoredTensor, 'read', counted)
+    shape = dataclasses.replace(config, scan_layers=scan)
+    params = pretrained.load_params(file, transformer.param_shardings(shape, sharding.make_mesh(2, 2, 2)))
+    jax.tree.map(np.testing.assert_array_equal, transformer.separate_layers(params, shape), expected)
+    for name, rows in found.items():
+        size = tensors[name].shape[0]
+        assert sorted(itertools.chain(*rows)) == list(range(size)), name
+        assert max(map(len, rows)) == (size if tensors[name].ndim == 1 else size // 2), name
 
 
 def test_stretch_of_rotary_positions_is_read_from_its_tensor(tmp_path, params):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qsharp_jax import config_rules, learner, optimizers, sharding
-from qsharp_jax.models import networks, pretrained, transformer
+from qsharp_jax.models import layers, networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import export
 from tests import tiny
@@ -84,8 +84,8 @@ def test_prefill_and_ragged_decode(name):
 
     one, other = (quick_jit(written, static_argnums=0)(*network) for network in both(name))
     close(one[0], other[0])
-    for separate, (stack,) in zip((one[1].keys, one[1].values), (other[1].keys, other[1].values)):
-        close(jnp.stack(separate, axis=1), stack)
+    close(jnp.stack(one[1].keys, axis=1), other[1].keys[0])
+    close(jnp.stack(one[1].values, axis=1).swapaxes(-1, -2), other[1].values[0])
 
 
 @pytest.mark.parametrize('config', [
@@ -130,7 +130,7 @@ def test_eight_devices_hold_and_compute_what_one_does():
     assert {shard.data.shape for shard in cache.keys[0].addressable_shards} == {(1, 2, 1, 6, 8)}
     reference = networks.reference(shape)
     one = reference.prefill(params, tokens, jnp.full(4, 6), reference.init_cache(4, 8), 0)
-    close(jnp.stack(one.values, axis=1), cache.values[0])
+    close(jnp.stack(one.values, axis=1).swapaxes(-1, -2), cache.values[0])
 
 
 @pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)])
@@ -173,3 +173,29 @@ def test_part_of_a_stack_cannot_be_frozen(tmp_path: Path):
     with pytest.raises(ValueError, match='config.value.scan_layers is True: stacked layers are trained together'):
         tiny.config(tmp_path, fit__frozen_layers=1, value__scan_layers=True)
     assert config_rules.CHOICES['reference.scan_layers'] == ('auto', 'yes', 'no')
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+def test_rows_that_attend_by_parts_see_what_all_see_at_once(name, monkeypatch):
+    (_, _), (config, stack) = both(name)
+    tokens, lengths = make_tokens((4, 9)), jnp.array([9, 4, 1, 6])
+
+    def written(params):
+        reference = networks.reference(config)
+        cache = reference.prefill(params, tokens, lengths, reference.init_cache(4, 16), 0)
+        return reference.step(params, tokens[:, 0], lengths, cache)
+
+    def pulled(params):
+        return jax.grad(lambda params: jnp.sum(plain_hidden(config, params, tokens) ** 2))(params)
+
+    expected = quick_jit(written)(stack), quick_jit(pulled)(stack)
+    calls = []
+    attend = layers.attend
+    monkeypatch.setattr(layers, 'attend', lambda query, *others: calls.append(len(query)) or attend(query, *others))
+    for limit in ('_SCORES', '_CACHED_SCORES'):
+        monkeypatch.setattr(layers, limit, 0)
+    monkeypatch.setattr(sharding, '_PART', 1)
+    close(quick_jit(lambda params: written(params))(stack), expected[0])
+    jax.clear_caches()  # traced without the limits
+    close(jax.jit(pulled)(stack), expected[1])
+    assert set(calls) == {1}

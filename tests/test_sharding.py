@@ -1,10 +1,6 @@
 """The mesh and the placement of arrays, on eight simulated devices and on two processes."""
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import textwrap
 import warnings
 
 from flax import struct
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 
 from qsharp_jax import sharding
+from tests.processes import run_two
 
 
 @pytest.mark.parametrize('sizes,shape', [
@@ -150,6 +147,46 @@ def test_arrays_made_under_jit_can_be_split_as_the_batch_is():
     assert jax.jit(make)(jnp.zeros((8, 1)))[0].shape == (8, 3)
 
 
+@pytest.mark.parametrize('sizes, spread, limit, at_once', [
+    ((1, 1, 1), False, 10 ** 9, 16), ((1, 1, 1), False, 0, 2), ((2, 2, 2), False, 0, 16), ((2, 1, 1), False, 0, 4),
+    ((2, 2, 2), True, 0, 16), ((1, 1, 4), False, 0, 8), ((1, 1, 4), True, 0, 8), ((2, 1, 2), False, 0, 8),
+    ((4, 1, 1), True, 10 ** 9, 16)])
+def test_rows_in_parts_are_rows_at_once(sizes, spread, limit, at_once, monkeypatch):
+    """Values, gradients, and how many rows there are in a part, of which a device has room for two."""
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))])
+    rng, seen = np.random.default_rng(0), []
+    x, y, fixed = (rng.normal(size=(16, 8)).astype(np.float32) for _ in range(3))
+    x, y, fixed = sharding.shard_batch(mesh, (x, y, fixed))
+    monkeypatch.setattr(sharding, '_PART', 2 * x.nbytes // 16)
+
+    def fn(both, fixed):
+        seen.append(fixed.shape[0])
+        return {'sum': jnp.sin(both['x']) * both['y'] + fixed, 'first': both['x'][:, 0]}
+
+    def parted(both):
+        both = jax.tree.map(sharding.spread_rows, both) if spread else both
+        return sharding.map_rows(fn, (both,), x.nbytes, limit, spread, (fixed,))
+
+    def pulled(fn):
+        return jax.jit(jax.grad(lambda both: jnp.sum(fn(both)['sum'] ** 2)))({'x': x, 'y': y})
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    found, grads = jax.jit(parted)({'x': x, 'y': y}), pulled(parted)
+    assert set(seen) == {at_once}
+    jax.tree.map(close, found, fn({'x': x, 'y': y}, fixed))
+    jax.tree.map(close, grads, pulled(lambda both: fn(both, fixed)))
+
+
+def test_rows_are_spread_over_all_devices_where_they_divide():
+    mesh = sharding.make_mesh(2, 1, 4)
+    for rows, local in ((16, 2), (6, 3)):
+        x = sharding.shard_batch(mesh, np.zeros((rows, 3), np.float32))
+        assert jax.jit(sharding.spread_rows)(x).sharding.shard_shape(x.shape) == (local, 3)
+    assert sharding.spread_rows(jnp.zeros(3)).shape == (3,)
+
+
 def test_caches_are_split_by_heads_and_products_left_where_the_table_is():
     @struct.dataclass
     class Cache:
@@ -176,45 +213,28 @@ def test_caches_are_split_by_heads_and_products_left_where_the_table_is():
     np.testing.assert_array_equal(alone, jnp.ones((2, 3)))
 
 
-PROCESS = textwrap.dedent('''
-    import sys
-    import jax
-    import numpy as np
-    jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
-    from qsharp_jax import checkpoint, sharding
-    mesh = sharding.make_mesh(2, 2, 1)
-    x = np.arange(24.0, dtype=np.float32).reshape(8, 3)
-    batch = sharding.shard_batch(mesh, {'x': x, 'n': np.int32(3)})
-    assert not batch['x'].is_fully_addressable
-    assert len(batch['x'].addressable_shards) == 2
-    np.testing.assert_array_equal(sharding.to_host(batch)['x'], x)
-    total = jax.jit(lambda b: b['x'].sum() + b['n'])(batch)
-    assert sharding.to_host(total) == x.sum() + 3
-    saved = checkpoint.Checkpoints(sys.argv[3], keep=1)
-    saved.save(1, batch, {'at': 1})
-    saved.save(2, batch, {'at': 2})
-    state, meta = saved.restore_latest(batch)
-    assert meta == {'at': 2} and saved.all_steps() == [2]
-    np.testing.assert_array_equal(sharding.to_host(state)['x'], x)
-    checkpoint.save_params(sys.argv[3] + '/value', batch, {})
-    params, _ = checkpoint.restore_params(sys.argv[3] + '/value', batch)
-    np.testing.assert_array_equal(sharding.to_host(params)['x'], x)
-    print('done', flush=True)
-''')
+PROCESS = '''
+import numpy as np
+from qsharp_jax import checkpoint, sharding
+mesh = sharding.make_mesh(2, 2, 1)
+x = np.arange(24.0, dtype=np.float32).reshape(8, 3)
+batch = sharding.shard_batch(mesh, {'x': x, 'n': np.int32(3)})
+assert not batch['x'].is_fully_addressable
+assert len(batch['x'].addressable_shards) == 2
+np.testing.assert_array_equal(sharding.to_host(batch)['x'], x)
+total = jax.jit(lambda b: b['x'].sum() + b['n'])(batch)
+assert sharding.to_host(total) == x.sum() + 3
+saved = checkpoint.Checkpoints(sys.argv[3], keep=1)
+saved.save(1, batch, {'at': 1})
+saved.save(2, batch, {'at': 2})
+state, meta = saved.restore_latest(batch)
+assert meta == {'at': 2} and saved.all_steps() == [2]
+np.testing.assert_array_equal(sharding.to_host(state)['x'], x)
+checkpoint.save_params(sys.argv[3] + '/value', batch, {})
+params, _ = checkpoint.restore_params(sys.argv[3] + '/value', batch)
+np.testing.assert_array_equal(sharding.to_host(params)['x'], x)
+'''
 
 
 def test_two_processes_share_batches_and_checkpoints(tmp_path):
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    env = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2', 'PATH': ''}
-    running = [subprocess.Popen(
-        [sys.executable, '-c', PROCESS, str(port), str(i), str(tmp_path / 'run')], env=env,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
-    try:
-        outputs = [process.communicate(timeout=300) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for output, error in outputs:
-        assert 'done' in output, error[-3000:]
+    run_two(PROCESS, tmp_path / 'run', devices=2)

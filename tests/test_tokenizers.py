@@ -102,7 +102,8 @@ def test_fingerprint_tells_tokenizers_apart():
 
 
 @pytest.mark.parametrize('change, words', [
-    ({'tokenizer.ggml.model': 'llama'}, "'llama'; allowed: 'gpt2'"),
+    ({'tokenizer.ggml.model': 't5'}, "'t5'; allowed: 'gpt2'"),
+    ({'tokenizer.ggml.add_eos_token': True}, 'only BOS in front is supported'),
     ({'tokenizer.ggml.pre': 'odd'}, "'odd'; allowed: smollm"),
 ])
 def test_unknown_tokenizers_are_refused(change, words):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -264,3 +265,45 @@ def test_ids_that_pad_the_vocabulary_have_no_logit():
 def test_more_layers_than_the_reference_has_are_refused():
     with pytest.raises(ValueError, match='layers is 3, but the reference has 2'):
         networks.value(TINY, ValueConfig(num_scores=1, layers=3))
+
+
+def test_caches_are_written_in_place():
+    """In the loop over steps XLA copies no cache, which would cost more than what attention reads of it."""
+    reference, params = networks.reference(TINY), make_params(TINY)
+    start = (jnp.int32(0), make_tokens((4,)), jnp.arange(4) + 2, reference.init_cache(4, 11))
+
+    def write(params, state):
+        def step(state):
+            count, token, length, cache = state
+            logits, cache = reference.step(params, token, length, cache)
+            return count + 1, jnp.argmax(logits, axis=-1).astype(jnp.int32), length + 1, cache
+        return jax.lax.while_loop(lambda state: state[0] < 5, step, state)
+
+    program = jax.jit(write, donate_argnums=1).lower(params, start).compile().as_text()
+    keys = start[3].keys[0].shape
+    assert f'f32[{",".join(map(str, keys))}]' in program
+    for shape in (keys, start[3].values[0].shape):
+        assert not re.findall(rf'f32\[{",".join(map(str, shape))}\]\S* copy\(', program)
+
+
+@kinds
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'qwen3'])
+def test_parameters_to_decode_with_give_the_same_scores(name, value_config):
+    config = dataclasses.replace(FAMILIES[name], dtype=jnp.bfloat16)
+    params = shaken(value_config, config)
+    fewer = value_lib.decoding_params(params, value_config, config)
+    value = networks.value(config, value_config)
+    tokens, lengths, candidates = make_tokens((3, 9)), jnp.array([9, 4, 1]), make_tokens((3, 4), seed=8)
+
+    @quick_jit
+    def scored(params):
+        cache = value.prefill(params, tokens, lengths, value.init_cache(3, 16), 0)
+        return value.score(params, tokens[:, 0], candidates, lengths, cache)
+
+    jax.tree.map(np.testing.assert_array_equal, scored(params), scored(fewer))
+    halves = {str(leaf.dtype) for leaf in jax.tree.leaves(fewer['trunk'])}
+    assert halves == {'bfloat16', 'float32'} and fewer['head'] is params['head']
+    kept = [path for path, leaf in jax.tree_util.tree_leaves_with_path(fewer['trunk']) if leaf.dtype == jnp.float32]
+    assert all('norm' in jax.tree_util.keystr(path) for path in kept)
+    same = value_lib.decoding_params(params, value_config, FAMILIES[name])
+    assert all(a is b for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(params)))

@@ -14,30 +14,13 @@ from typing import Any
 
 import jinja2
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import processors
 
-from qsharp_jax.data import chat_templates
+from qsharp_jax.data import chat_templates, gguf_tokenizers
 
-# How Llama 3 and Qwen cut text before the merges; they differ in how many digits stay together.
-_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-          r'|\s+(?!\S)|\s+')
-# The same by the name that GGUF gives it.
-PRE_TOKENIZERS = {
-    'smollm': lambda: pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]),
-    'gpt-2': lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    'llama-bpe': lambda: _split(_WORDS % r'\p{N}{1,3}'),
-    'qwen2': lambda: _split(_WORDS % r'\p{N}'),
-}
-# Those that take a word that is a token whole, whatever the merges say; whose texts begin with BOS unless the file says
-# otherwise; and that compose characters first.
-IGNORE_MERGES = BOS_FIRST = frozenset({'llama-bpe'})
-COMPOSED = frozenset({'qwen2'})
-# Control tokens that end a text whatever the metadata name as its end: a model may have learned several.
+# Tokens that end a text whatever the metadata name as its end: a model may have learned several.
 END_TOKENS = frozenset({
     '<|endoftext|>', '<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<|end_of_text|>', '</s>', '<end_of_turn>'})
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types of the GGUF format
 
 
 class Tokenizer(abc.ABC):
@@ -45,6 +28,7 @@ class Tokenizer(abc.ABC):
 
     Attributes:
       vocab_size: one more than the greatest id.
+      holes: ids below it that no token has.
       eos_ids: every id that ends a text.
       bos_id: the id that begins a text, or None.
       bos_first: whether a plain prompt begins with `bos_id`; a chat template writes it itself where it is wanted.
@@ -52,6 +36,7 @@ class Tokenizer(abc.ABC):
     """
 
     vocab_size: int
+    holes: tuple[int, ...] = ()
     eos_ids: frozenset[int]
     bos_id: int | None
     bos_first: bool = False
@@ -103,7 +88,9 @@ class BPETokenizer(Tokenizer):
                  names: Mapping[str, str], chat_template: str | None, bos_first: bool = False) -> None:
         """`names` are the texts of special tokens as a template knows them, such as 'eos_token'."""
         self.backend = backend
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        ids = set(backend.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = max(ids) + 1
+        self.holes = tuple(sorted(set(range(self.vocab_size)) - ids))
         self.eos_ids = eos_ids
         self.bos_id = bos_id
         self.bos_first = bos_first
@@ -243,33 +230,32 @@ def from_gguf(metadata: Mapping[str, Any]) -> BPETokenizer:
             raise ValueError(f"The GGUF metadata lacks 'tokenizer.{key}': the file has no tokenizer.")
         return metadata[f'tokenizer.{key}']
 
-    kind, pre = read('ggml.model'), read('ggml.pre')
-    if kind != 'gpt2':
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; allowed: 'gpt2' (byte-level BPE). Of others a GGUF file "
-                         'leaves out the merges, which are only in the tokenizer.json that the model was published '
-                         'with: give its Hugging Face folder instead.')
-    if pre not in PRE_TOKENIZERS:
-        raise ValueError(f'tokenizer.ggml.pre is {pre!r}; allowed: {", ".join(PRE_TOKENIZERS)}.')
-    tokens, types = read('ggml.tokens'), read('ggml.token_type')
-    while types and types[-1] == UNUSED:  # rows that pad the model's vocabulary
-        tokens, types = tokens[:-1], types[:-1]
-    merges = [tuple(merge.split(' ')) for merge in read('ggml.merges')]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in IGNORE_MERGES))
-    if pre in COMPOSED:
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, types) if kind == CONTROL]
-    backend.add_special_tokens([_whole(token) for token in control])
-    backend.add_tokens([_whole(token) for token, kind in zip(tokens, types) if kind == USER_DEFINED])
+    tokens, types, model = read('ggml.tokens'), read('ggml.token_type'), read('ggml.model')
+    if model == 'gpt2':
+        pre = read('ggml.pre')
+        backend = gguf_tokenizers.byte_level(tokens, types, read('ggml.merges'), pre)
+        bos_first = pre in gguf_tokenizers.BOS_FIRST
+    elif model == 'llama':
+        if metadata.get('tokenizer.ggml.remove_extra_whitespaces') or \
+                metadata.get('tokenizer.ggml.precompiled_charsmap'):
+            raise ValueError('the SentencePiece tokenizer of this GGUF file changes texts before it reads them, which '
+                             'is not supported: give the Hugging Face folder of the model instead.')
+        backend = gguf_tokenizers.sentence_pieces(
+            tokens, types, read('ggml.scores'), bool(metadata.get('tokenizer.ggml.add_space_prefix', True)))
+        bos_first = True
+    else:
+        raise ValueError(f"tokenizer.ggml.model is {model!r}; allowed: 'gpt2' (byte-level BPE), 'llama' (BPE of "
+                         'SentencePiece). Give the Hugging Face folder of the model instead.')
+    if metadata.get('tokenizer.ggml.add_eos_token'):
+        raise ValueError('tokenizer.ggml.add_eos_token is True: every text would end with an end token; only BOS in '
+                         'front is supported.')
     eos_id, bos_id = read('ggml.eos_token_id'), metadata.get('tokenizer.ggml.bos_token_id')
-    ends = {vocabulary[token] for token in control if token in END_TOKENS} | {eos_id}
+    ends = {index for index, (token, kind) in enumerate(zip(tokens, types))
+            if token in END_TOKENS and kind in gguf_tokenizers.WHOLE} | {eos_id}
     ends |= {metadata[f'tokenizer.ggml.{name}'] for name in ('eot_token_id', 'eom_token_id')
              if f'tokenizer.ggml.{name}' in metadata}
-    bos_first = metadata.get('tokenizer.ggml.add_bos_token', pre in BOS_FIRST)
+    bos_first = bool(metadata.get('tokenizer.ggml.add_bos_token', bos_first)) and bos_id is not None
     names = {'bos_token': '' if bos_id is None else tokens[bos_id], 'eos_token': tokens[eos_id]}
-    bos_first = bool(bos_first) and bos_id is not None
     if bos_first:
         backend.post_processor = processors.TemplateProcessing(
             single=f'{tokens[bos_id]} $A', special_tokens=[(tokens[bos_id], bos_id)])
@@ -290,7 +276,7 @@ def from_folder(path: Path) -> BPETokenizer:
         raise ValueError(f'{path} has no tokenizer.json; other files of tokenizers are not read. Load it with '
                          'transformers.AutoTokenizer and save it with save_pretrained.')
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = _backend(file.read_text(encoding='utf-8'))
     except Exception as error:  # the library raises no narrower class
         raise ValueError(f'{file} is damaged, or newer than the package tokenizers: {error}') from error
     backend.no_truncation()
@@ -315,6 +301,17 @@ def from_folder(path: Path) -> BPETokenizer:
                         _chat_template(path, said), bos_first=bool(added))
 
 
+def _backend(text: str) -> tokenizers.Tokenizer:
+    """Returns the tokenizer of a tokenizer.json, each of its tokens with the id that the file says."""
+    backend, content = tokenizers.Tokenizer.from_str(text), json.loads(text)
+    # Where the vocabulary has holes, the library numbers the tokens added to it anew. Those inside it keep their ids.
+    added = {entry['content']: entry['id'] for entry in content.get('added_tokens') or []}
+    if any(backend.token_to_id(token) != index for token, index in added.items()):
+        content['model']['vocab'].update(added)
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    return backend
+
+
 def _chat_template(path: Path, said: Mapping[str, Any]) -> str | None:
     """Returns the default chat template of a folder: its own file, or one in tokenizer_config.json."""
     file = path / 'chat_template.jinja'
@@ -337,16 +334,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f'{path} is damaged: it holds no JSON object.')
     return found
-
-
-def _split(pattern: str) -> pre_tokenizers.Sequence:
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated'),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _whole(token: str) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(token, normalized=False, special=True)
 
 
 def _fingerprint(content: Any) -> str:

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from qsharp_jax import sharding
 from qsharp_jax.decoding.state import DecodeState
 from qsharp_jax.decoding.step import Guidance, step
 from qsharp_jax.types import Params, Policy, Reference
@@ -23,6 +24,7 @@ def decode(reference: Reference, how: Guidance, reference_params: Params, value_
     def unfinished(carry: DecodeState) -> jax.Array:
         return jnp.any(carry.active)
 
-    return jax.lax.while_loop(
+    done = jax.lax.while_loop(
         unfinished,
         functools.partial(step, reference, how, reference_params, value_params, policy, eos_ids), state)
+    return sharding.constrain_rows(done, like=policy.eta)

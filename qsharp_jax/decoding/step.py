@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from flax import struct
 import jax
@@ -11,6 +12,8 @@ from qsharp_jax import guidance, sharding
 from qsharp_jax.categorical import ReturnDistribution
 from qsharp_jax.decoding.state import DecodeState, is_eos
 from qsharp_jax.types import Array, Cache, Params, Policy, Reference, Value
+
+_LAWS = 2 ** 27  # bytes a device, about eight times its logits, above which rows are worked out by parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,8 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
     )
     if how.order == 'paper':
         ids = guidance.top_candidates(logits, count)
-        return _score_chunk(how, params, state, policy, ids, jnp.ones_like(ids, bool), empty)
+        possible = jnp.take_along_axis(logits, ids, axis=1) > -jnp.inf
+        return _score_chunk(how, params, state, policy, ids, possible, empty)
 
     # A row that needs no values (finished, or at eta = inf) must not make the batch go on for its nucleus.
     needed = (sampler > -jnp.inf) & (state.active & jnp.isfinite(policy.eta))[:, None]
@@ -112,6 +116,24 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
     return jax.lax.while_loop(more, chunk, chunk(empty))
 
 
+def _draw(how: Guidance, policy: Policy, keys: Array, count: Array, logits: Array,
+          scored: Scored | None) -> tuple[Array, Array, Array]:
+    """Returns the token of each row, its expected return if it was scored, and the KL of the law it was drawn from.
+
+    # [B] x 3
+    """
+    if scored is None:
+        log_probs = guidance.sampler_log_probs(logits, policy)
+    else:
+        log_probs = guidance.policy_log_probs(
+            logits, scored.log_weight, scored.mask, scored.root_log_weight, count == 0, policy,
+            outside=how.outside, order=how.order)
+    token = guidance.sample(jax.vmap(jax.random.fold_in)(keys, count), log_probs)
+    mean = jnp.zeros(token.shape) if scored is None else jnp.take_along_axis(scored.mean, token[:, None], axis=1)[:, 0]
+    untruncated = guidance.reference_log_probs(logits, policy.reference_temperature)
+    return token, mean, guidance.kl_divergence(log_probs, untruncated)
+
+
 def step(reference: Reference, how: Guidance, reference_params: Params, value_params: Params, policy: Policy,
          eos_ids: tuple[int, ...], state: DecodeState) -> DecodeState:
     """Returns the complete state after one more token in every active row; finished rows do not change.
@@ -126,26 +148,26 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
       state: before this token.
     """
     active = state.active
-    logits, reference_cache = reference.step(reference_params, state.pending, state.length, state.reference_cache)
+    pending, length = sharding.constrain_rows((state.pending, state.length), like=policy.eta)
+    logits, reference_cache = reference.step(reference_params, pending, length, state.reference_cache)
     # The law of a row is worked out whole: split over the vocabulary, its sorting would cross devices in every pass.
-    logits = sharding.constrain_rows(logits, like=policy.eta)
-    sampler = guidance.sampler_log_probs(logits, policy)
-    untruncated = guidance.reference_log_probs(logits, policy.reference_temperature)
+    logits = sharding.spread_rows(logits)
     value_cache, values, value_tokens = state.value_cache, state.values, state.value_tokens
     if how.value is None:
-        log_probs = sampler
+        scored = None
     else:
+        sampler = guidance.sampler_log_probs(logits, policy)
         scored = score_candidates(how, value_params, state, policy, logits, sampler)
         value_cache, value_tokens = scored.cache, value_tokens + jnp.where(active, scored.tokens, 0)
-        log_probs = guidance.policy_log_probs(
-            logits, scored.log_weight, scored.mask, scored.root_log_weight, state.count == 0, policy,
-            outside=how.outside, order=how.order)
-    token = guidance.sample(jax.vmap(jax.random.fold_in)(state.keys, state.count), log_probs)
+        scored = dataclasses.replace(scored, cache=None, tokens=None)
+    token, mean, kl = sharding.map_rows(
+        functools.partial(_draw, how), (policy, state.keys, state.count, logits, scored), 8 * logits.nbytes, _LAWS,
+        spread=True)
     here = active[:, None] & (jnp.arange(state.tokens.shape[1])[None, :] == state.count[:, None])
     if how.value is not None:
-        chosen = jnp.take_along_axis(scored.mean, token[:, None], axis=1)
-        values = jnp.where(here, chosen, values)
-    return dataclasses.replace(
+        values = jnp.where(here, mean[:, None], values)
+    # Where the networks want it: spread as the law was, their tokens would have their products worked out piecemeal.
+    return sharding.constrain_rows(dataclasses.replace(
         state,
         reference_cache=reference_cache,
         value_cache=value_cache,
@@ -153,7 +175,7 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
         tokens=jnp.where(here, token[:, None], state.tokens),
         count=state.count + active.astype(jnp.int32),
         ended=state.ended | (active & is_eos(token, eos_ids)),
-        kl=state.kl + jnp.where(active, guidance.kl_divergence(log_probs, untruncated), 0.0),
+        kl=state.kl + jnp.where(active, kl, 0.0),
         values=values,
         value_tokens=value_tokens,
-    )
+    ), like=policy.eta)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qsharp_jax import sharding
 from qsharp_jax.types import Array
 
 NORMS = ('rmsnorm', 'layernorm')
@@ -22,6 +23,11 @@ POSITIONS = ('rope', 'learned')
 ACTIVATIONS = ('silu', 'gelu_tanh')
 ROPE_SCALINGS = ('linear', 'llama3', 'factors')
 HIDDEN = -1e30  # the score of a key that is not seen: finite, so that no row makes NaN
+QUERIES = 128  # attended to the keys up to them and no further ones, together
+PARTS = 8  # that the queries are split into at most: half of the keys are spared, and programs stay short
+_LANES = 128  # numbers side by side in a tile on TPU, up to which the last axis is filled
+_SCORES = 2 ** 28  # bytes of attention scores a device, above which rows attend by parts
+_CACHED_SCORES = 2 ** 25  # the same over a stack of caches
 SIZES = ('vocab_size', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp_width', 'max_positions')
 
 
@@ -173,6 +179,11 @@ def rope_frequencies(config: TransformerConfig, windowed: bool = False) -> np.nd
     return (keep * frequencies + (1 - keep) * frequencies / scaling.factor).astype(np.float32)
 
 
+def slots_last(config: TransformerConfig) -> tuple[bool, bool]:
+    """Returns whether slots are the last axis of the keys, and of the values, of a cache."""
+    return (config.head_dim % _LANES > 0,) * 2 if config.scan_layers else (True, False)
+
+
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last axis, computed in float32."""
 
@@ -236,7 +247,7 @@ class Attention(nn.Module):
         x: Array,  # [B, T, D]
         rotation: tuple[Array, Array] | None,  # cos and sin, [B, T, 1, Dh / 2]
         block_mask: Array,  # [B, T, T]
-        cached: tuple[Array, Array] | None,  # [B, Hkv, Dh, S], [B, Hkv, S, Dh]
+        cached: tuple[Array, ...] | None,  # [B, Hkv, Dh, S], [B, Hkv, S, Dh]; or twice [B, N, Hkv, S, Dh], which of N
         cache_mask: Array | None,  # [B, 1 or T, S]
     ) -> tuple[Array, Array, Array]:
         config = self.config
@@ -256,11 +267,36 @@ class Attention(nn.Module):
         if rotation is not None:
             query, key = _rotate(query, *rotation), _rotate(key, *rotation)
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-        mixed = attend(query, key, value, block_mask, cached, cache_mask, config.query_scale)
+        mixed = self._attend((query, key, value, block_mask), cached, cache_mask)
         axes = 'heads', 'head_dim', 'embed'
         inputs = config.heads, head_dim
         output = Linear(config, inputs, (width,), axes, config.out_bias, out_scale, name='output')(mixed)
         return output, key, value
+
+    def _attend(self, new: tuple[Array, Array, Array, Array], cached: tuple[Array, ...] | None,
+                cache_mask: Array | None) -> Array:
+        """Returns the mixed values, worked out for some rows after the others where there are many scores."""
+        query, _, _, block_mask = new
+        scale, scores = self.config.query_scale, 4 * query.shape[0] * query.shape[1] * self.config.heads
+        if cached is None or cache_mask is None:
+            def alone(query: Array, key: Array, value: Array, mask: Array) -> Array:
+                return attend(query, key, value, mask, None, None, scale)
+            return sharding.map_rows(alone, new, scores * block_mask.shape[-1], _SCORES)
+        if len(cached) == 2:
+            return attend(*new, (cached[0], cached[1]), cache_mask, scale)
+        keys, values, layer = cached
+        last, _ = slots_last(self.config)
+
+        # The layer is picked inside, by the products that read it: before the parts it would be copied.
+        def beside(query: Array, key: Array, value: Array, mask: Array, cache_mask: Array, keys: Array,
+                   values: Array) -> Array:
+            keys, values = (jax.lax.dynamic_index_in_dim(stack, layer, 1, keepdims=False) for stack in (keys, values))
+            turned = (values if last else keys).swapaxes(-1, -2)
+            old = (keys, turned) if last else (turned, values)
+            return attend(query, key, value, mask, old, cache_mask, scale)
+
+        return sharding.map_rows(
+            beside, (*new, cache_mask), scores * cache_mask.shape[-1], _CACHED_SCORES, fixed=(keys, values))
 
 
 class MLP(nn.Module):
@@ -293,7 +329,7 @@ class Block(nn.Module):
         x: Array,
         rotation: tuple[Array, Array] | None,
         block_mask: Array,
-        cached: tuple[Array, Array] | None,
+        cached: tuple[Array, ...] | None,
         cache_mask: Array | None,
     ) -> tuple[Array, Array, Array]:
         config = self.config
@@ -321,8 +357,33 @@ def attend(
     """Returns the mixed values [B, T, H, Dh] of one softmax over cached and new keys together.
 
     The two parts are never concatenated, and keys and values are not repeated over the query heads of a
-    group. A query that sees nothing gets zeros.
+    group. A query that sees nothing gets zeros. The mask is expected to hide the keys behind each query.
     """
+    length = query.shape[1]
+    step = max(QUERIES, -(-length // PARTS))
+    if length <= step:
+        return _attend(query, key, value, block_mask, cached, cache_mask, scale)
+    mixed = []
+    for first in range(0, length, step):
+        rows, last = slice(first, first + step), first + step
+        seen = cache_mask if cache_mask is None or cache_mask.shape[1] == 1 else cache_mask[:, rows]
+        mixed.append(_attend(query[:, rows], key[..., :last], value[:, :, :last], block_mask[:, rows, :last], cached,
+                             seen, scale))
+    return jnp.concatenate(mixed, axis=1)
+
+
+def parameter(
+    module: nn.Module, name: str, draw: Callable[..., Any], axes: tuple[str | None, ...],
+    shape: tuple[int, ...], dtype: Any,
+) -> Array:
+    """Returns a parameter of `module` that remembers the logical names of its axes when it is initialised."""
+    return cast(Array, module.param(name, nn.with_logical_partitioning(draw, axes), shape, dtype))
+
+
+def _attend(
+    query: Array, key: Array, value: Array, block_mask: Array, cached: tuple[Array, Array] | None,
+    cache_mask: Array | None, scale: float | None,
+) -> Array:
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
@@ -339,22 +400,14 @@ def attend(
     top = functools.reduce(jnp.maximum, [score.max(axis=-1, keepdims=True) for score in scores])
     top = jax.lax.stop_gradient(top)
     total, mixed = jnp.float32(0), jnp.float32(0)
-    for score, (_, values, mask) in zip(scores, parts):
-        # Masked again: where a query sees nothing, every score equals the maximum.
-        weights = jnp.where(mask, jnp.exp(score - top), 0.0)
+    for score, (_, values, _) in zip(scores, parts):
+        weights = jnp.exp(score - top)
         total += weights.sum(axis=-1, keepdims=True)
         weights = weights.reshape(batch, kv_heads, groups * length, -1).astype(values.dtype)
         mixed += jnp.matmul(weights, values, preferred_element_type=jnp.float32)
-    mixed = mixed.reshape(batch, kv_heads, groups, length, head_dim) / jnp.where(total > 0, total, 1.0)
+    # Where a query sees nothing, every score equals the maximum.
+    mixed = mixed.reshape(batch, kv_heads, groups, length, head_dim) * jnp.where(top > HIDDEN, 1 / total, 0.0)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(query.dtype)
-
-
-def parameter(
-    module: nn.Module, name: str, draw: Callable[..., Any], axes: tuple[str | None, ...],
-    shape: tuple[int, ...], dtype: Any,
-) -> Array:
-    """Returns a parameter of `module` that remembers the logical names of its axes when it is initialised."""
-    return cast(Array, module.param(name, nn.with_logical_partitioning(draw, axes), shape, dtype))
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:

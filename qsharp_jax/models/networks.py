@@ -1,9 +1,11 @@
 """The networks as the pure functions that the rest of the project knows them by."""
 from __future__ import annotations
 
+from collections.abc import Collection
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 
 from qsharp_jax.models import transformer
 from qsharp_jax.models import value as value_lib
@@ -12,23 +14,33 @@ from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.types import Array, Params, Reference, Value, ValueScores
 
 
-def reference(config: TransformerConfig, vocab_size: int | None = None) -> Reference:
+def reference(config: TransformerConfig, vocab_size: int | None = None, holes: Collection[int] = ()) -> Reference:
     """Returns the reference of this shape; its parameters are an argument of every call.
 
     Args:
       config: of the decoder.
       vocab_size: how many leading ids the tokenizer has; None for all. Published models pad their vocabularies, and
         this is where the padding ends: no logit of it is seen by sampler, guidance or KL.
+      holes: ids below that no token has. Their logits are -inf: every law is that of a vocabulary without them.
+
+    Raises:
+      ValueError: the model has fewer ids, or no id is left.
     """
     real = vocab_size or config.vocab_size
     if real > config.vocab_size:
         raise ValueError(f'vocab_size is {real}, but the model has {config.vocab_size} ids.')
+    exists = np.ones(real, bool)
+    exists[[hole for hole in holes if hole < real]] = False
+    if not exists.any():
+        raise ValueError(f'none of the {real} ids has a token.')
 
     def step(params: Params, token: Array, length: Array, cache: KVCache) -> tuple[Array, KVCache]:
         alone = jnp.ones((1, 1), bool)
         hidden, cache = _append(config, params, token[:, None], length[:, None], alone, cache)
         logits = transformer.logits(config, params, hidden[:, 0])
-        return logits[:, :real] if real < config.vocab_size else logits, cache
+        if real < config.vocab_size:
+            logits = logits[:, :real]
+        return logits if exists.all() else jnp.where(exists[None], logits, -jnp.inf), cache
 
     return Reference(
         vocab_size=real,

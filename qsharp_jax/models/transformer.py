@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 import numpy as np
 
 from qsharp_jax import sharding
-from qsharp_jax.models.layers import Block, Norm, parameter, rope_frequencies, RopeScaling, TransformerConfig
+from qsharp_jax.models.layers import (Block, Norm, parameter, rope_frequencies, RopeScaling, slots_last,
+                                      TransformerConfig)
 from qsharp_jax.types import Array, Params
 
 __all__ = [
     'KVCache', 'LAYER', 'RopeScaling', 'STACK', 'Transformer', 'TransformerConfig', 'axis_names', 'causal_mask',
-    'count_params', 'extend', 'hidden_states', 'init_cache', 'init_params', 'logical_axes', 'logits', 'param_shapes',
-    'param_shardings', 'separate_layers', 'stack_layers']
+    'count_params', 'decoding_params', 'extend', 'hidden_states', 'init_cache', 'init_params', 'logical_axes', 'logits',
+    'param_shapes', 'param_shardings', 'separate_layers', 'stack_layers']
 
 
 LAYER = 'layers_'  # begins the name of a layer in a tree of parameters, before its number
@@ -38,20 +39,17 @@ class KVCache:
 
     One array per layer rather than a stack, which XLA on CPU copies in every step, unless the layers are scanned;
     each laid out for the product that reads it, which makes attention in a decode step about three times faster there.
+    A stack is laid out for XLA on TPU, which would otherwise copy it as the decode loop begins and ends: both ways of
+    writing it have slots first, unless so few numbers a slot would be filled up to a tile's 128.
     """
 
-    keys: tuple[Array, ...]  # layers x [B, Hkv, Dh, S], or one [B, layers, Hkv, Dh, S]
-    values: tuple[Array, ...]  # layers x [B, Hkv, S, Dh], or one [B, layers, Hkv, S, Dh]
+    keys: tuple[Array, ...]  # layers x [B, Hkv, Dh, S], or one [B, layers, Hkv, S, Dh] or [B, layers, Hkv, Dh, S]
+    values: tuple[Array, ...]  # layers x [B, Hkv, S, Dh], or one like that of the keys
 
     @property
     def axes(self) -> tuple[str | None, ...]:
         """Logical names of the axes of its arrays, as `sharding.constrain_rows` wants them."""
         return (None, *(None,) * (self.keys[0].ndim - 4), 'kv_heads')
-
-    @property
-    def capacity(self) -> int:
-        """Number of slots a row, S."""
-        return self.keys[0].shape[-1]
 
 
 def init_cache(config: TransformerConfig, batch: int, capacity: int) -> KVCache:
@@ -62,11 +60,17 @@ def init_cache(config: TransformerConfig, batch: int, capacity: int) -> KVCache:
             'positions. Shorten the prompt or max_new_tokens.')
     # Rows lead in a stack as well, so that they can be repeated and picked alike.
     leading, arrays = ((batch, config.layers), 1) if config.scan_layers else ((batch,), config.layers)
-    keys = (*leading, config.kv_heads, config.head_dim, capacity)
-    values = (*leading, config.kv_heads, capacity, config.head_dim)
+    first = (*leading, config.kv_heads, capacity, config.head_dim)
+    last = (*leading, config.kv_heads, config.head_dim, capacity)
+    keys, values = (last if it_is else first for it_is in slots_last(config))
     return KVCache(
         keys=tuple(jnp.zeros(keys, config.dtype) for _ in range(arrays)),
         values=tuple(jnp.zeros(values, config.dtype) for _ in range(arrays)))
+
+
+def _capacity(config: TransformerConfig, cache: KVCache) -> int:
+    """Returns the number of slots a row, S."""
+    return cache.keys[0].shape[-1 if slots_last(config)[0] else -2]
 
 
 def causal_mask(length: int) -> Array:
@@ -119,7 +123,7 @@ class Transformer(nn.Module):
         block_mask = jnp.broadcast_to(block_mask, (tokens.shape[0], *block_mask.shape[-2:]))
         cache_mask = None
         if cache is not None and cache_length is not None:
-            cache_mask = (jnp.arange(cache.capacity)[None] < cache_length[:, None])[:, None]
+            cache_mask = (jnp.arange(_capacity(config, cache))[None] < cache_length[:, None])[:, None]
         # What layers of one window share: how tokens are rotated, and which of them see which.
         windows = sorted({config.window(index) for index in range(config.layers)})
         shared = [(_rotation(config, positions, window > 0), *_within(window, positions, block_mask, cache_mask))
@@ -137,8 +141,9 @@ class Transformer(nn.Module):
             rotation, seen, cache_seen = shared[which[index]]
             x, key, value = layer(x, rotation, seen, None if cache_seen is None else old, cache_seen)
             if old is not None:
-                keys.append(_write(old[0], key[..., :commit], cache_length, axis=-1))
-                values.append(_write(old[1], value[:, :, :commit], cache_length, axis=-2))
+                start = cache_length if cache_seen is None else _once_known(cache_length, x, old[0].shape[-1])
+                keys.append(_write(old[0], key[..., :commit], start, axis=-1))
+                values.append(_write(old[1], value[:, :, :commit], start, axis=-2))
         return self.final_norm(x), None if cache is None else KVCache(tuple(keys), tuple(values))
 
     def _restarted(self, x: Array, embedded: Array) -> Array:
@@ -164,13 +169,16 @@ class Transformer(nn.Module):
             # The cache is carried whole and written in place: as an input and output of each layer it would be copied.
             old = None
             if cache is not None and cache_seen is not None:
-                old = _layer(cache.keys[0], index), _layer(cache.values[0], index)
+                old = cache.keys[0], cache.values[0], index
             x, key, value = cast(tuple[Array, Array, Array], self.block.apply(
                 {'params': params}, x, rotation, seen, old, cache_seen))
             if cache is not None:
-                cache = KVCache(
-                    (_write(cache.keys[0], key[..., :commit], cache_length, -1, index),),
-                    (_write(cache.values[0], value[:, :, :commit], cache_length, -2, index),))
+                last = slots_last(config)[0]
+                new = (key, value.swapaxes(-1, -2)) if last else (key.swapaxes(-1, -2), value)
+                cache = KVCache(*(
+                    (_write(stack, part[..., :commit] if last else part[:, :, :commit], cache_length,
+                            -1 if last else -2, index),)
+                    for stack, part in zip((cache.keys[0], cache.values[0]), new)))
             return (x, cache), None
 
         layers = self.variables['params'][STACK], jnp.arange(config.layers), jnp.asarray(which)
@@ -206,6 +214,17 @@ def param_shapes(config: TransformerConfig) -> Params:
 def param_shardings(config: TransformerConfig, mesh: Mesh) -> Params:
     """Returns a tree like the parameters whose leaves are NamedShardings on `mesh`."""
     return sharding.param_shardings(mesh, logical_axes(config), param_shapes(config))
+
+
+def decoding_params(params: Params, config: TransformerConfig) -> Params:
+    """Returns the parameters as the products read them, in the config's `dtype`: the same results, less to read.
+
+    Norms stay as they are: they are computed in float32.
+    """
+    def one(path: tuple[Any, ...], leaf: Array) -> Array:
+        return leaf if any(str(key.key).endswith('norm') for key in path) else leaf.astype(config.dtype)
+
+    return cast(Params, jax.tree_util.tree_map_with_path(one, params))
 
 
 def logical_axes(config: TransformerConfig) -> Params:
@@ -266,8 +285,8 @@ def extend(
     """
     if commit > tokens.shape[1]:
         raise ValueError(f'commit is {commit}, but only {tokens.shape[1]} new tokens are given.')
-    if commit > cache.capacity:
-        raise ValueError(f'{commit} tokens do not fit into a cache of {cache.capacity} slots.')
+    if commit > _capacity(config, cache):
+        raise ValueError(f'{commit} tokens do not fit into a cache of {_capacity(config, cache)} slots.')
     out = Transformer(config).apply(
         {'params': params}, tokens, positions, mask, cache, cache_length, commit)
     return cast(tuple[Array, KVCache], out)
@@ -344,6 +363,15 @@ def _layer(stack: Array, index: Array, axis: int = 1) -> Array:
     return jax.lax.dynamic_index_in_dim(stack, index, axis, keepdims=False)
 
 
+def _once_known(slots: Array, x: Array, capacity: int) -> Array:
+    """Returns `slots` [B], which then depend on what a layer gave, [B, T, D]: what it read must not be written before.
+
+    XLA is free to write a cache before it is read, and on CPU then copies every cache in every step to keep what was
+    there. A row whose stream is NaN is not written.
+    """
+    return jnp.where(jnp.isnan(x[:, 0, 0]), capacity, slots)
+
+
 def _write(array: Array, new: Array, start: Array | None, axis: int, layer: Array | None = None) -> Array:
     """Returns a cache with `new` [B, Hkv, ...] in the slots from `start` [B] on (None: from 0).
 
@@ -361,8 +389,15 @@ def _write(array: Array, new: Array, start: Array | None, axis: int, layer: Arra
         return jax.lax.dynamic_update_slice_in_dim(array, new[:, None], layer, 1)
     rows = jnp.arange(array.shape[0])[:, None]
     slots = start[:, None] + jnp.arange(count)[None]
-    # What is indexed comes first: [B, count, Hkv, Dh].
-    which = (rows,) if layer is None else (rows, layer)
-    place = (*which, slice(None), slice(None), slots) if axis == -1 else (*which, slice(None), slots)
-    new = jnp.moveaxis(new, axis, 1)
+    place: tuple[Any, ...]
+    if layer is not None:
+        # Heads are indexed one by one: XLA on TPU lays a cache out for what is written at once, and the products want
+        # one head's numbers together, not those of all heads.
+        heads = jnp.arange(array.shape[2])[None, :, None]
+        place = rows[:, None], layer, heads, *(slice(None),) * (axis == -1), slots[:, None]
+        new = new.swapaxes(-1, -2) if axis == -1 else new
+    else:
+        # What is indexed comes first: [B, count, Hkv, Dh].
+        place = (rows, slice(None), slice(None), slots) if axis == -1 else (rows, slice(None), slots)
+        new = jnp.moveaxis(new, axis, 1)
     return array.at[place].set(new, mode='drop', unique_indices=True, indices_are_sorted=True)

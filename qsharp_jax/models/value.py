@@ -172,6 +172,13 @@ def init_value_params(
     return {'trunk': transformer.stack_layers(trunk, config), 'head': head}
 
 
+def decoding_params(params: Params, value_config: ValueConfig, base_config: TransformerConfig) -> Params:
+    """Returns value parameters to decode with: those of the trunk's products in its `dtype`, which they are cast to in
+    any case; the head, which is computed in float32, as it is."""
+    trunk = transformer.decoding_params(params['trunk'], trunk_config(value_config, base_config))
+    return {**params, 'trunk': trunk}
+
+
 def logical_axes(value_config: ValueConfig, base_config: TransformerConfig) -> Params:
     """Returns the axis names of the value parameters, as `transformer.logical_axes`."""
     config = trunk_config(value_config, base_config)

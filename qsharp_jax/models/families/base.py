@@ -60,6 +60,17 @@ class Weight:
         columns *= self.columns[1] if self.columns else 1
         return (rows, columns) if self.inputs else (columns,)
 
+    def part(self, index: tuple[slice, ...]) -> tuple[slice, Weight, tuple[slice, ...]]:
+        """Returns the stored rows that hold a part of ours, the parameter that they make, and its place in it."""
+        if not self.inputs:  # a single row
+            return slice(None), self, index
+        axis = self.inputs if self.transposed else 0  # of ours, over which the stored rows run first
+        begin, end, _ = index[axis].indices(self.shape[axis])
+        each = math.prod(self.shape[axis + 1:] if self.transposed else self.shape[1:self.inputs])
+        shape = (*self.shape[:axis], end - begin, *self.shape[axis + 1:])
+        inside = (*index[:axis], slice(None), *index[axis + 1:])
+        return slice(begin * each, end * each), dataclasses.replace(self, shape=shape), inside
+
     def read(self, stored: np.ndarray) -> np.ndarray:
         """Returns our parameter: a view of `stored`, unless the tensor is interleaved or shifted."""
         if self.columns:

@@ -47,7 +47,9 @@ def family_of(config: TransformerConfig) -> Family:
 
 def write_model(path: Path, config: TransformerConfig, params: Params, *, base: bool = False,
                 keys: Mapping[str, Any] | None = None, file_bytes: int = _FILE_BYTES) -> None:
-    """Writes config.json and the weights, in the number type that they have. Of several processes, all call it.
+    """Writes config.json and the weights, in the number type that they have.
+
+    Of several processes all call it and the first one writes, what the others hold being gathered tensor by tensor.
 
     Args:
       path: of the folder, made when missing.
@@ -82,6 +84,7 @@ def write_model(path: Path, config: TransformerConfig, params: Params, *, base: 
         write_json(path / INDEX, {
             'metadata': {'total_size': sum(map(_bytes, entries.values()))},
             'weight_map': {name: file for file, part in files.items() for name in part}})
+    sharding.wait_for_all('write_model')
 
 
 def write_value(path: Path, config: TransformerConfig, params: Params, about: Mapping[str, Any],
@@ -103,6 +106,7 @@ def write_value(path: Path, config: TransformerConfig, params: Params, about: Ma
         name: (leaf.shape, np.dtype(leaf.dtype), functools.partial(sharding.to_host, leaf))
         for name, leaf in params['head'].items()})
     write_json(path / HEAD_CONFIG, dict(about))
+    sharding.wait_for_all('write_value')
 
 
 def write_tensors(path: Path, entries: Mapping[str, _Entry]) -> None:

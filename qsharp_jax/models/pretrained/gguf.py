@@ -48,16 +48,15 @@ class StoredTensor:
             return f'ends beyond the {size} bytes of the file, which is cut short.'
         return ''
 
-    def read(self, dtype: np.dtype[Any]) -> np.ndarray:
-        """Returns it dequantised, in `dtype`."""
-        row_bytes = _bytes(self.kind, self.shape[-1])
-        rows = int(np.prod(self.shape[:-1]))
-        stored = np.memmap(self.path, np.uint8, 'r', self.offset, (rows, row_bytes)).view(np.ndarray)
-        out = np.empty((rows, self.shape[-1]), dtype)
+    def read(self, dtype: np.dtype[Any], rows: slice = slice(None)) -> np.ndarray:
+        """Returns some of its rows, all without `rows`, dequantised, in `dtype`."""
+        shape = int(np.prod(self.shape[:-1])), _bytes(self.kind, self.shape[-1])
+        stored = np.memmap(self.path, np.uint8, 'r', self.offset, shape).view(np.ndarray)[rows]
+        out = np.empty((len(stored), self.shape[-1]), dtype)
         step = max(1, _CHUNK // self.shape[-1])
-        for first in range(0, rows, step):
+        for first in range(0, len(stored), step):
             out[first:first + step] = gguf.quants.dequantize(stored[first:first + step], self.kind)
-        return out.reshape(self.shape)
+        return out.reshape(-1, *self.shape[1:])
 
 
 def open_gguf(path: Path) -> Checkpoint:

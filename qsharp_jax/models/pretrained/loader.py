@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import hashlib
+import itertools
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,8 +28,8 @@ class Stored(Protocol):
     def problem(self) -> str:
         """Returns what keeps it from being read, '' if nothing does."""
 
-    def read(self, dtype: np.dtype[Any]) -> np.ndarray:
-        """Returns it as it is stored, mapped from the file, or converted to `dtype` where it is quantised."""
+    def read(self, dtype: np.dtype[Any], rows: slice = slice(None)) -> np.ndarray:
+        """Returns rows of it as they are stored, mapped from the file, or in `dtype` where it is quantised."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,8 +103,8 @@ def load_params(checkpoint: Checkpoint, shardings: Params = None, dtype: Any = n
                 wanted: Callable[[tuple[str, ...]], bool] = lambda path: True) -> Params:
     """Returns the parameters of `transformer.hidden_states` for `checkpoint.config`.
 
-    At no time does the host hold more than one tensor beside what the devices keep, and of a tensor that is not
-    quantised only the part of one device.
+    At no time does the host hold more, beside what the devices keep, than the part of one tensor that one device keeps,
+    and of a quantised one the whole rows that this part lies in.
 
     Args:
       checkpoint: from `open_checkpoint`, which has checked all of it.
@@ -126,22 +127,22 @@ def load_params(checkpoint: Checkpoint, shardings: Params = None, dtype: Any = n
         for key in keys:
             place = place.setdefault(key, {})
             sharding = None if shardings is None else sharding[key]
-        ours = weight.read(checkpoint.tensors[weight.name].read(np.dtype(dtype)))
+        stored = checkpoint.tensors[weight.name]
         if shardings is None:
-            place[last] = _own(ours, dtype)
+            place[last] = _own(weight.read(stored.read(np.dtype(dtype))), dtype)
         elif layer is None:
-            place[last] = put(ours, sharding[last], dtype)
+            place[last] = put(weight, stored, sharding[last], dtype)
         else:
             if last not in place:
-                place[last] = _empty((checkpoint.config.layers, *ours.shape), sharding[last], dtype)
-            place[last] = put_layer(place[last], ours, layer)
+                place[last] = _empty((checkpoint.config.layers, *weight.shape), sharding[last], dtype)
+            place[last] = put_layer(place[last], weight, stored, layer)
     return params
 
 
-def put_layer(stack: Array, array: np.ndarray, layer: int) -> Array:
-    """Returns `stack` [N, ...] with `array` as one of its layers, written in place; `stack` is given up."""
+def put_layer(stack: Array, weight: Weight, stored: Stored, layer: int) -> Array:
+    """Returns `stack` [N, ...] with a parameter as one of its layers, written in place; `stack` is given up."""
     one = jax.sharding.NamedSharding(stack.sharding.mesh, jax.sharding.PartitionSpec(*stack.sharding.spec[1:]))
-    filled = _write_layer(stack, put(array, one, stack.dtype), layer, out_sharding=stack.sharding)
+    filled = _write_layer(stack, put(weight, stored, one, stack.dtype), layer, out_sharding=stack.sharding)
     # The part that was written is freed before the next tensor is read.
     return filled.block_until_ready()
 
@@ -156,14 +157,22 @@ def _write_layer(stack: Array, array: Array, layer: Array, out_sharding: jax.sha
     return jax.lax.with_sharding_constraint(filled, out_sharding)
 
 
-def put(array: np.ndarray, sharding: jax.sharding.Sharding, dtype: Any) -> Array:
-    """Returns `array` on the devices in `dtype`; the host copies the part of one device at a time."""
-    parts: list[Array] = []
-    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
-        # Never the mapped file itself: what lies there must not change under a running program.
-        part = jax.device_put(_own(array[index], dtype), device)
-        parts.append(part.block_until_ready())
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+def put(weight: Weight, stored: Stored, sharding: jax.sharding.Sharding, dtype: Any) -> Array:
+    """Returns a parameter on the devices in `dtype`; the host copies the part of one device at a time.
+
+    Rows of the stored tensor are read once, for all devices that keep some of them.
+    """
+    places: Mapping[Any, Any] = sharding.addressable_devices_indices_map(weight.shape)
+    wanted = [(device, *weight.part(index)) for device, index in places.items()]
+    arrays: list[Array] = []
+    for rows, sharing in itertools.groupby(sorted(wanted, key=lambda one: one[1].start or 0), key=lambda one: one[1]):
+        ours = None
+        for device, _, part, inside in sharing:
+            if ours is None:
+                ours = part.read(stored.read(np.dtype(dtype), rows))
+            # Never the mapped file itself: what lies there must not change under a running program.
+            arrays.append(jax.device_put(_own(ours[inside], dtype), device).block_until_ready())
+    return jax.make_array_from_single_device_arrays(weight.shape, sharding, arrays)
 
 
 def _own(array: np.ndarray, dtype: Any) -> np.ndarray:

@@ -40,10 +40,10 @@ class StoredTensor:
             return f'is stored as {self.kind}; supported: {", ".join(DTYPES)}.'
         return ''
 
-    def read(self, dtype: np.dtype[Any]) -> np.ndarray:
-        """Returns it as it is stored, mapped from the file."""
+    def read(self, dtype: np.dtype[Any], rows: slice = slice(None)) -> np.ndarray:
+        """Returns some of its rows, all without `rows`, as they are stored, mapped from the file."""
         del dtype
-        return np.memmap(self.path, DTYPES[self.kind], 'r', self.offset, self.shape).view(np.ndarray)
+        return np.memmap(self.path, DTYPES[self.kind], 'r', self.offset, self.shape).view(np.ndarray)[rows]
 
 
 def read_head(path: Path) -> dict[str, StoredTensor]:
