@@ -175,7 +175,7 @@ class Side:
             drawn = jax.device_get(rollout.collect(
                 reference, how, params, values, policy_of(asked, batch), laid.units, config, self._sentence_ends(),
                 _SEED, 1 + number, laid.shared))
-            rest = drawn.count - drawn.cut - 1
+            rest = np.where(laid.units.real, drawn.count - drawn.cut - 1, 0)
             active += int(drawn.roll_in.sum() + rest.sum())
             row_steps += batch * int(drawn.roll_in.max() + rest.max())
             pairs += laid.real
