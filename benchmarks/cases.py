@@ -199,20 +199,23 @@ def startup(sides: Sides) -> Iterator[Row]:
             continue
         sides.export(8, 64)
         asked = dict(layers=8, guide=GUIDES[label].message())
+        calls: dict[str, list[Row]] = {
+            'ours': [dict(prompts=4, samples=samples, batch=8) for samples in (2, 1)],
+            'peer': [dict(rows=rows) for rows in (8, 4)]}
         replies: dict[str, list[Reply]] = {'ours': [], PEER: []}
         for _ in range(REPEATS):
-            for side, who, shape in (('ours', 'ours', {'batch': 8}), ('peer', PEER, {})):
+            for side, who in (('ours', 'ours'), ('peer', PEER)):
                 began = time.perf_counter()
                 worker = sides.fresh(side)
-                first = worker.call('first_token', rows=8, **shape, **asked)
+                first = worker.call('first_token', **calls[side][0], **asked)
                 seconds = time.perf_counter() - began
-                second = worker.call('first_token', rows=5, **shape, **asked)
+                second = worker.call('first_token', **calls[side][1], **asked)
                 worker.close()
                 replies[who].append({
-                    'seconds': seconds, 'tokens': 1, 'second_seconds': second['seconds'],
+                    'seconds': seconds, 'rows': first['rows'], 'second_seconds': second['seconds'],
                     **({'compilations': first['compilations'], 'second_compilations': second['compilations']}
                        if side == 'ours' else {})})
-        yield {**measure.result(name, dict(layers=8, rows=8, second_rows=5), replies, PEER),
+        yield {**measure.result(name, dict(layers=8, rows=8, second_rows=4), replies, PEER, 'rows'),
                'seconds': {who: measure.spread([reply['seconds'] for reply in own]) for who, own in replies.items()}}
 
 
@@ -222,8 +225,8 @@ def ledger(sides: Sides) -> Iterator[Row]:
     if not sides.wanted(name):
         return
     workdir = sides.folder / 'run'
-    smaller = {'iterations': 1, 'collect.examples': 450, 'task.arithmetic.test_examples': 50, 'eval.select_split': "''",
-               'eval.reference_temperatures': '0.0,', 'task.data_dir': sides.folder / 'data'}
+    smaller = {'iterations': 1, 'collect.examples': 450, 'task.arithmetic.test_examples': 50, 'eval.select_split': '',
+               'eval.reference_temperatures': '0.0', 'task.data_dir': sides.folder / 'data'}
     subprocess.run(
         [sys.executable, str(measure.ROOT / 'experiments' / 'train.py'), '--config=configs/arithmetic.py:tiny',
          f'--workdir={workdir}', *(f'--config.{key}={value}' for key, value in smaller.items())],

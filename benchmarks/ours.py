@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from benchmarks import workload
 from benchmarks.workload import Guide
@@ -19,6 +20,7 @@ from qsharp_jax import categorical, decoding, guidance, learner, ledger, referen
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
 from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches
 from qsharp_jax.data.prompts import Prompts
+from qsharp_jax.data.tokenizers import Tokenizer
 from qsharp_jax.decoding.step import score_candidates
 from qsharp_jax.models import networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
@@ -39,8 +41,6 @@ class Side:
     """Our networks, and what is measured of them. Each public method is a call of the protocol in worker.py."""
 
     def __init__(self) -> None:
-        self._file = pretrained.open_checkpoint(workload.SOURCE)
-        self._tokenizer = references.tokenizer_of(self._file)
         self._distribution = categorical.make('bernoulli', 0.0, 1.0, 2, 'nearest', 0.75)
         self._pairs: list[tuple[str, str]] = []
         self._folder = Path()
@@ -63,6 +63,16 @@ class Side:
         self._folder = Path(folder)
         self._pairs, source = workload.solved(Path(data), _PAIRS)
         return source
+
+    @functools.cached_property
+    def _file(self) -> pretrained.Checkpoint:
+        """The reference: as it is published, or as another process has left it."""
+        left = self._folder / workload.REFERENCE
+        return pretrained.open_checkpoint(left if left.exists() else workload.SOURCE)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return references.tokenizer_of(pretrained.open_checkpoint(workload.SOURCE))
 
     def export(self, layers: int, prompt: int) -> None:
         """Writes the reference, the value network of so many layers, and the prompts for the peer, in float32."""
@@ -117,7 +127,7 @@ class Side:
         """
         asked, config = Guide.of(guide), self._file.config
         reference = ledger.reference_cost(config)
-        value = ledger.value_cost(config, self._value(layers)[0], asked.candidates)
+        value = ledger.value_cost(config, self._value_config(layers), asked.candidates)
         alone = {'parameters': reference.weights / 4, 'flops': float(reference.flops(1, prompt + 1, 1))}
         if asked.etas is None:
             return alone
@@ -144,14 +154,15 @@ class Side:
         np.save(path, np.stack(found))
         return str(path)
 
-    def first_token(self, rows: int, batch: int, layers: int, guide: dict[str, Any]) -> dict[str, float]:
-        """Times one token for `rows` prompts, laid out by the project for batches of `batch` rows.
+    def first_token(self, prompts: int, samples: int, batch: int, layers: int,
+                    guide: dict[str, Any]) -> dict[str, float]:
+        """Times the first token of `samples` answers to each prompt, laid out by the project in `batch` rows.
 
         `compilations` are those of XLA since the call before, at the first call since the process began.
         """
         began, asked = time.perf_counter(), Guide.of(guide)
         reference, how, params, values = self._networks(layers, 'float32', asked)
-        laid, = self._laid_out(rows, 1, batch)
+        laid, = self._laid_out(prompts, samples, batch)
         one = laid.units
         keys = decoding.unit_keys(_SEED, 0, 'evaluate', one.examples, one.samples)
         state = decoding.start(reference, how.value, params, values, one.prompts, one.lengths, one.rows, keys,
@@ -232,8 +243,7 @@ class Side:
     def _functions(self, layers: int, dtype: str) -> tuple[Any, Any]:
         config, _ = self._reference(dtype)
         base = dataclasses.replace(config, param_dtype=jnp.dtype('float32'))
-        return (networks.reference(config, self._tokenizer.vocab_size),
-                networks.value(base, self._value(layers)[0]))
+        return networks.reference(config), networks.value(base, self._value_config(layers))
 
     @functools.cache
     def _reference(self, dtype: str) -> tuple[transformer.TransformerConfig, Params]:
@@ -241,11 +251,18 @@ class Side:
         config = dataclasses.replace(self._file.config, dtype=kind, param_dtype=kind)
         return config, jax.tree.map(jnp.asarray, pretrained.load_params(self._file, dtype=kind))
 
+    def _value_config(self, layers: int) -> value_lib.ValueConfig:
+        return value_lib.ValueConfig(num_scores=1, layers=layers, head_init='normal')
+
     @functools.cache
     def _value(self, layers: int) -> tuple[value_lib.ValueConfig, Params]:
         """Returns a value network of the reference's first layers with a random head; parameters are always float32."""
+        value_config = self._value_config(layers)
+        left = self._folder / workload.VALUE.format(layers=layers)
+        if left.exists():
+            found = {'trunk': pretrained.load_params(pretrained.open_folder(left)), 'head': load_file(left / export.HEAD)}
+            return value_config, jax.tree.map(jnp.asarray, found)
         config, params = self._reference('float32')
-        value_config = value_lib.ValueConfig(num_scores=1, layers=layers, head_init='normal')
         values = value_lib.init_value_params(jax.random.key(_SEED), value_config, params, config)
         trunk = value_lib.trunk_config(value_config, config)
         tokens = jnp.asarray(self._prompts(64)[:4])
@@ -257,6 +274,9 @@ class Side:
 
     @functools.cache
     def _prompts(self, length: int) -> np.ndarray:
+        left = self._folder / workload.PROMPTS.format(length=length)
+        if left.exists():
+            return np.asarray(np.load(left))
         return workload.token_prompts(self._pairs, self._tokenizer, _PROMPTS, length)
 
     def _state(self, batch: int, prompt: int, layers: int, dtype: str, room: int, tokens: int,

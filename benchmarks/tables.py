@@ -40,6 +40,9 @@ def sentence(row: Row) -> str:
     """Returns a row in one line, for the terminal."""
     if 'rates' not in row:
         return f'{len(row["policies"])} policies'
+    if 'seconds' in row:
+        return 'seconds to the first token: ' + ', '.join(
+            f'{label} {_number(found["median"])}' for label, found in row['seconds'].items())
     rates = ', '.join(f'{label} {_number(found["median"])}' for label, found in row['rates'].items())
     ratios = ', '.join(f'{label} / {row["base"]} {found["median"]:.2f}' for label, found in row['ratios'].items())
     others = max(reply.get('others', 0.0) for replies in row['repeats'].values() for reply in replies)
