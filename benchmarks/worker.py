@@ -25,7 +25,7 @@ def main() -> None:
         message = json.loads(line)
         try:
             answer = {'result': getattr(side, message.pop('call'))(**message)}
-        except Exception:
+        except Exception:  # of whatever kind: the caller raises it again, with its traceback
             answer = {'error': traceback.format_exc()}
         answers.write(json.dumps(answer) + '\n')
 

@@ -1,6 +1,7 @@
 """Published weights in and out on two processes: parts of a tensor in each, and one set of files from both."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -18,14 +19,15 @@ MESHES = {4: ((1, 2, 4), (0, 4, 1, 5, 6, 2, 7, 3)), 1: ((1, 2, 1), (0, 1))}
 IN_AND_OUT = '''
 from pathlib import Path
 import dataclasses
+import json
 import numpy as np
 from qsharp_jax import sharding
 from qsharp_jax.models import pretrained, transformer
 from qsharp_jax.models.pretrained import export
-order = eval(sys.argv[4])
-mesh = sharding.make_mesh(*eval(sys.argv[3]), devices=[jax.devices()[place] for place in order])
-out = Path(sys.argv[5])
-for name in sys.argv[6:]:
+sizes, order = json.loads(sys.argv[3])
+mesh = sharding.make_mesh(*sizes, devices=[jax.devices()[place] for place in order])
+out = Path(sys.argv[4])
+for name in sys.argv[5:]:
     file = pretrained.open_checkpoint(name)
     expected = pretrained.load_params(file, dtype='bfloat16')
     for scan in (False, True):
@@ -56,8 +58,7 @@ def test_weights_come_in_by_parts_and_go_out_whole(tmp_path: Path, devices: int)
     tensors = test_pretrained.stored_tensors(test_pretrained.random_params())
     kinds = {name: gguf.GGMLQuantizationType.Q8_0 for name, array in tensors.items() if array.ndim == 2}
     file = test_pretrained.write(tmp_path / 'model.gguf', tensors, kinds=kinds)
-    sizes, order = MESHES[devices]
-    run_two(IN_AND_OUT, sizes, order, tmp_path / 'out', tmp_path / 'folder', file, devices=devices)
+    run_two(IN_AND_OUT, json.dumps(MESHES[devices]), tmp_path / 'out', tmp_path / 'folder', file, devices=devices)
     for name in ('folder', 'model.gguf'):
         one, stacked = (contents(tmp_path / 'out' / f'{name}_{scan}') for scan in (False, True))
         assert one == stacked and not any(path.endswith('.tmp') for path in one)
