@@ -21,7 +21,7 @@ from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
 from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.data.tokenizers import Tokenizer
-from qsharp_jax.decoding.step import score_candidates
+from qsharp_jax.decoding.step import law, score_candidates
 from qsharp_jax.models import networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import export
@@ -145,9 +145,9 @@ class Side:
         steps = tokens.shape[1]
         state = self._state(batch, prompt, layers, 'float32', steps, steps, asked)
         reference, how, params, values = self._networks(layers, 'float32', asked)
-        law, found = jax.jit(functools.partial(_law, reference, how)), []
+        step, found = jax.jit(functools.partial(_law, reference, how)), []
         for number in range(steps):
-            log_probs, state = law(params, values, policy_of(asked, batch), state)
+            log_probs, state = step(params, values, policy_of(asked, batch), state)
             state = dataclasses.replace(state, pending=jnp.asarray(tokens[:, number]), count=state.count + 1)
             found.append(np.asarray(log_probs))
         path = self._folder / 'ours_log_probs.npy'
@@ -260,7 +260,8 @@ class Side:
         value_config = self._value_config(layers)
         left = self._folder / workload.VALUE.format(layers=layers)
         if left.exists():
-            found = {'trunk': pretrained.load_params(pretrained.open_folder(left)), 'head': load_file(left / export.HEAD)}
+            trunk = pretrained.load_params(pretrained.open_folder(left))
+            found = {'trunk': trunk, 'head': load_file(left / export.HEAD)}
             return value_config, jax.tree.map(jnp.asarray, found)
         config, params = self._reference('float32')
         values = value_lib.init_value_params(jax.random.key(_SEED), value_config, params, config)
@@ -333,15 +334,11 @@ def _law(reference: Reference, how: decoding.Guidance, params: Params, values: P
          state: decoding.DecodeState) -> tuple[jax.Array, decoding.DecodeState]:
     """Returns the log-probabilities of the next token [B, V], and the state with the pending token in its caches."""
     logits, cache = reference.step(params, state.pending, state.length, state.reference_cache)
-    sampler = guidance.sampler_log_probs(logits, policy)
-    state = dataclasses.replace(state, reference_cache=cache)
-    if how.value is None:
-        return sampler, state
-    scored = score_candidates(how, values, state, policy, logits, sampler)
-    law = guidance.policy_log_probs(
-        logits, scored.log_weight, scored.mask, scored.root_log_weight, state.count == 0, policy,
-        outside=how.outside, order=how.order)
-    return law, dataclasses.replace(state, value_cache=scored.cache)
+    state, scored = dataclasses.replace(state, reference_cache=cache), None
+    if how.value is not None:
+        scored = score_candidates(how, values, state, policy, logits, guidance.sampler_log_probs(logits, policy))
+        state = dataclasses.replace(state, value_cache=scored.cache)
+    return law(how, policy, state.count, logits, scored), state
 
 
 def _opinions(kernel: jax.Array, hidden: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import pytest
 
 from qsharp_jax import categorical, decoding, guidance, rollout, sharding, train
 from qsharp_jax.data.dataset import Manifest
-from qsharp_jax.decoding.step import score_candidates
+from qsharp_jax.decoding.step import law, score_candidates
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.models import networks, transformer
 from qsharp_jax.models import value as value_lib
@@ -163,11 +163,9 @@ def drawn_with_a_nudge(row: int, before: np.ndarray, token: int) -> bool:
     state = decoding.start(*REAL, *params, jnp.asarray(prefix[None]), jnp.array([len(prefix)]), jnp.array([0]), key,
                            jnp.array([1]), 1)
     logits, _ = REAL[0].step(params[0], state.pending, state.length, state.reference_cache)
-    scored = score_candidates(decoding.Guidance(REAL[1], BERNOULLI, candidates=5), params[1], state, policy, logits,
-                              guidance.sampler_log_probs(logits, policy))
-    log_probs = guidance.policy_log_probs(
-        logits, scored.log_weight, scored.mask, scored.root_log_weight, jnp.array([len(before) == 0]), policy,
-        outside='mean', order='paper')
+    how = decoding.Guidance(REAL[1], BERNOULLI, candidates=5)
+    scored = score_candidates(how, params[1], state, policy, logits, guidance.sampler_log_probs(logits, policy))
+    log_probs = law(how, policy, jnp.array([len(before)]), logits, scored)
     noise = jax.vmap(jax.random.fold_in)(key, jnp.array([len(before)]))
     return int(guidance.sample(noise, log_probs.at[:, token].add(1e-3))[0]) == token
 

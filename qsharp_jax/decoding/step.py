@@ -116,18 +116,30 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
     return jax.lax.while_loop(more, chunk, chunk(empty))
 
 
+def law(how: Guidance, policy: Policy, count: Array, logits: Array, scored: Scored | None) -> Array:
+    """Returns the log-probabilities that each row's next token is drawn from.  # [B, V]
+
+    Args:
+      how: the guidance.
+      policy: of each row.
+      count: tokens of the answer so far.  # [B]
+      logits: of the reference.  # [B, V]
+      scored: from `score_candidates`; None where nothing is guided.
+    """
+    if scored is None:
+        return guidance.sampler_log_probs(logits, policy)
+    return guidance.policy_log_probs(
+        logits, scored.log_weight, scored.mask, scored.root_log_weight, count == 0, policy,
+        outside=how.outside, order=how.order)
+
+
 def _draw(how: Guidance, policy: Policy, keys: Array, count: Array, logits: Array,
           scored: Scored | None) -> tuple[Array, Array, Array]:
     """Returns the token of each row, its expected return if it was scored, and the KL of the law it was drawn from.
 
     # [B] x 3
     """
-    if scored is None:
-        log_probs = guidance.sampler_log_probs(logits, policy)
-    else:
-        log_probs = guidance.policy_log_probs(
-            logits, scored.log_weight, scored.mask, scored.root_log_weight, count == 0, policy,
-            outside=how.outside, order=how.order)
+    log_probs = law(how, policy, count, logits, scored)
     token = guidance.sample(jax.vmap(jax.random.fold_in)(keys, count), log_probs)
     mean = jnp.zeros(token.shape) if scored is None else jnp.take_along_axis(scored.mean, token[:, None], axis=1)[:, 0]
     untruncated = guidance.reference_log_probs(logits, policy.reference_temperature)
