@@ -243,8 +243,8 @@ def constrain_rows(tree: Any, like: jax.Array) -> Any:
         cache lies where the heads are computed.
       like: an argument of the jitted function that tells the mesh; off a mesh, `tree` is returned as it is.
     """
-    mesh = jax.typeof(like).sharding.mesh
-    if not set(BATCH_AXES) <= set(mesh.axis_names):
+    mesh = _mesh_of(like)
+    if mesh is None:
         return tree
 
     def place(node: Any) -> Any:
@@ -259,14 +259,20 @@ def constrain_rows(tree: Any, like: jax.Array) -> Any:
     return jax.tree.map(place, tree, is_leaf=lambda node: hasattr(node, 'axes'))
 
 
+def _mesh_of(array: jax.Array) -> Mesh | None:
+    """Returns the mesh that an array is on, inside jit; None off a mesh."""
+    mesh = jax.typeof(array).sharding.mesh
+    return mesh if set(AXES) <= set(mesh.axis_names) else None
+
+
 def spread_rows(array: jax.Array) -> jax.Array:
     """Returns `array`, inside jit, with its leading axis split over all devices, where it divides.
 
     For what is worked out for each row alone, from no parameters: devices that share the products of a row would all
     do the same. Off a mesh, `array` is returned as it is.
     """
-    mesh = jax.typeof(array).sharding.mesh
-    if not set(AXES) <= set(mesh.axis_names):
+    mesh = _mesh_of(array)
+    if mesh is None:
         return array
     if array.shape[0] % mesh.size:
         return constrain_rows(array, array)
@@ -288,10 +294,9 @@ def map_rows(fn: Callable[..., Any], arguments: tuple[Any, ...], size: int, limi
       fixed: more arguments, so large that they must lie still; without a gradient.
     """
     first = jax.tree.leaves(arguments)[0]
-    mesh = jax.typeof(first).sharding.mesh
-    on_mesh = set(AXES) <= set(mesh.axis_names)
-    devices = mesh.size if on_mesh else 1
-    rows, shards = first.shape[0], batch_shards(mesh) if on_mesh else 1
+    mesh = _mesh_of(first)
+    devices, shards = (1, 1) if mesh is None else (mesh.size, batch_shards(mesh))
+    rows = first.shape[0]
     if spread and rows % devices == 0:
         shards = devices
     if size <= limit * devices or rows % shards:
@@ -328,8 +333,8 @@ def constrain_last(array: jax.Array, name: str) -> jax.Array:
     A product with a large table should be left where the table's parts are: the compiler may otherwise bring the whole
     table to every device to give each a whole row of the result. Off a mesh, `array` is returned as it is.
     """
-    mesh = jax.typeof(array).sharding.mesh
-    if not set(AXES) <= set(mesh.axis_names):
+    mesh = _mesh_of(array)
+    if mesh is None:
         return array
     last = _partition(mesh, name, (name,), array.shape[-1:]) or (None,)
     others = (PartitionSpec.UNCONSTRAINED,) * (array.ndim - 1)
