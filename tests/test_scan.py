@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qsharp_jax import config_rules, learner, optimizers, sharding
-from qsharp_jax.models import layers, networks, pretrained, transformer
+from qsharp_jax.models import attention, networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import export
 from tests import tiny
@@ -190,10 +190,10 @@ def test_rows_that_attend_by_parts_see_what_all_see_at_once(name, monkeypatch):
 
     expected = quick_jit(written)(stack), quick_jit(pulled)(stack)
     calls = []
-    attend = layers.attend
-    monkeypatch.setattr(layers, 'attend', lambda query, *others: calls.append(len(query)) or attend(query, *others))
+    attend = attention.attend
+    monkeypatch.setattr(attention, 'attend', lambda query, *others: calls.append(len(query)) or attend(query, *others))
     for limit in ('_SCORES', '_CACHED_SCORES'):
-        monkeypatch.setattr(layers, limit, 0)
+        monkeypatch.setattr(attention, limit, 0)
     monkeypatch.setattr(sharding, '_PART', 1)
     close(quick_jit(lambda params: written(params))(stack), expected[0])
     jax.clear_caches()  # traced without the limits

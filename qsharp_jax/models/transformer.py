@@ -9,15 +9,16 @@ import dataclasses
 from typing import Any, cast
 
 from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
 from qsharp_jax import sharding
-from qsharp_jax.models.layers import (Block, Norm, parameter, rope_frequencies, RopeScaling, slots_last,
-                                      TransformerConfig)
+from qsharp_jax.models import cache as cache_lib
+from qsharp_jax.models.attention import Block
+from qsharp_jax.models.cache import init_cache, KVCache, slots_last
+from qsharp_jax.models.layers import Norm, parameter, rope_frequencies, RopeScaling, TransformerConfig
 from qsharp_jax.types import Array, Params
 
 __all__ = [
@@ -31,46 +32,6 @@ STACK = 'layers'  # the name of all of them, stacked, where they are scanned
 
 # Of the layers with one window: rotation, mask of the new tokens, mask of the cached ones.
 Shared = tuple[tuple[Array, Array] | None, Array, Array | None]
-
-
-@struct.dataclass
-class KVCache:
-    """Keys (rotated) and values of the tokens so far; slot p of a row holds its position p.
-
-    One array per layer rather than a stack, which XLA on CPU copies in every step, unless the layers are scanned;
-    each laid out for the product that reads it, which makes attention in a decode step about three times faster there.
-    A stack is laid out for XLA on TPU, which would otherwise copy it as the decode loop begins and ends: both ways of
-    writing it have slots first, unless so few numbers a slot would be filled up to a tile's 128.
-    """
-
-    keys: tuple[Array, ...]  # layers x [B, Hkv, Dh, S], or one [B, layers, Hkv, S, Dh] or [B, layers, Hkv, Dh, S]
-    values: tuple[Array, ...]  # layers x [B, Hkv, S, Dh], or one like that of the keys
-
-    @property
-    def axes(self) -> tuple[str | None, ...]:
-        """Logical names of the axes of its arrays, as `sharding.constrain_rows` wants them."""
-        return (None, *(None,) * (self.keys[0].ndim - 4), 'kv_heads')
-
-
-def init_cache(config: TransformerConfig, batch: int, capacity: int) -> KVCache:
-    """Returns an empty cache of `capacity` slots a row."""
-    if not 1 <= capacity <= config.max_positions:
-        raise ValueError(
-            f'A cache of {capacity} slots was asked for; this model allows 1 to {config.max_positions} '
-            'positions. Shorten the prompt or max_new_tokens.')
-    # Rows lead in a stack as well, so that they can be repeated and picked alike.
-    leading, arrays = ((batch, config.layers), 1) if config.scan_layers else ((batch,), config.layers)
-    first = (*leading, config.kv_heads, capacity, config.head_dim)
-    last = (*leading, config.kv_heads, config.head_dim, capacity)
-    keys, values = (last if it_is else first for it_is in slots_last(config))
-    return KVCache(
-        keys=tuple(jnp.zeros(keys, config.dtype) for _ in range(arrays)),
-        values=tuple(jnp.zeros(values, config.dtype) for _ in range(arrays)))
-
-
-def _capacity(config: TransformerConfig, cache: KVCache) -> int:
-    """Returns the number of slots a row, S."""
-    return cache.keys[0].shape[-1 if slots_last(config)[0] else -2]
 
 
 def causal_mask(length: int) -> Array:
@@ -123,7 +84,7 @@ class Transformer(nn.Module):
         block_mask = jnp.broadcast_to(block_mask, (tokens.shape[0], *block_mask.shape[-2:]))
         cache_mask = None
         if cache is not None and cache_length is not None:
-            cache_mask = (jnp.arange(_capacity(config, cache))[None] < cache_length[:, None])[:, None]
+            cache_mask = (jnp.arange(cache_lib.capacity(config, cache))[None] < cache_length[:, None])[:, None]
         # What layers of one window share: how tokens are rotated, and which of them see which.
         windows = sorted({config.window(index) for index in range(config.layers)})
         shared = [(_rotation(config, positions, window > 0), *_within(window, positions, block_mask, cache_mask))
@@ -141,9 +102,9 @@ class Transformer(nn.Module):
             rotation, seen, cache_seen = shared[which[index]]
             x, key, value = layer(x, rotation, seen, None if cache_seen is None else old, cache_seen)
             if old is not None:
-                start = cache_length if cache_seen is None else _once_known(cache_length, x, old[0].shape[-1])
-                keys.append(_write(old[0], key[..., :commit], start, axis=-1))
-                values.append(_write(old[1], value[:, :, :commit], start, axis=-2))
+                start = cache_length if cache_seen is None else cache_lib.once_known(cache_length, x, old[0].shape[-1])
+                keys.append(cache_lib.write(old[0], key[..., :commit], start, axis=-1))
+                values.append(cache_lib.write(old[1], value[:, :, :commit], start, axis=-2))
         return self.final_norm(x), None if cache is None else KVCache(tuple(keys), tuple(values))
 
     def _restarted(self, x: Array, embedded: Array) -> Array:
@@ -176,8 +137,8 @@ class Transformer(nn.Module):
                 last = slots_last(config)[0]
                 new = (key, value.swapaxes(-1, -2)) if last else (key.swapaxes(-1, -2), value)
                 cache = KVCache(*(
-                    (_write(stack, part[..., :commit] if last else part[:, :, :commit], cache_length,
-                            -1 if last else -2, index),)
+                    (cache_lib.write(stack, part[..., :commit] if last else part[:, :, :commit], cache_length,
+                                     -1 if last else -2, index),)
                     for stack, part in zip((cache.keys[0], cache.values[0]), new)))
             return (x, cache), None
 
@@ -285,8 +246,8 @@ def extend(
     """
     if commit > tokens.shape[1]:
         raise ValueError(f'commit is {commit}, but only {tokens.shape[1]} new tokens are given.')
-    if commit > _capacity(config, cache):
-        raise ValueError(f'{commit} tokens do not fit into a cache of {_capacity(config, cache)} slots.')
+    if commit > cache_lib.capacity(config, cache):
+        raise ValueError(f'{commit} tokens do not fit into a cache of {cache_lib.capacity(config, cache)} slots.')
     out = Transformer(config).apply(
         {'params': params}, tokens, positions, mask, cache, cache_length, commit)
     return cast(tuple[Array, KVCache], out)
@@ -361,43 +322,3 @@ def _within(
 
 def _layer(stack: Array, index: Array, axis: int = 1) -> Array:
     return jax.lax.dynamic_index_in_dim(stack, index, axis, keepdims=False)
-
-
-def _once_known(slots: Array, x: Array, capacity: int) -> Array:
-    """Returns `slots` [B], which then depend on what a layer gave, [B, T, D]: what it read must not be written before.
-
-    XLA is free to write a cache before it is read, and on CPU then copies every cache in every step to keep what was
-    there. A row whose stream is NaN is not written.
-    """
-    return jnp.where(jnp.isnan(x[:, 0, 0]), capacity, slots)
-
-
-def _write(array: Array, new: Array, start: Array | None, axis: int, layer: Array | None = None) -> Array:
-    """Returns a cache with `new` [B, Hkv, ...] in the slots from `start` [B] on (None: from 0).
-
-    Args:
-      array: of one layer, [B, Hkv, ...], or of all of them, [B, N, Hkv, ...].
-      new: of one layer.
-      start: the first slot of each row.
-      axis: of the slots in `new`, from behind: -1 or -2.
-      layer: which of all the layers; None for a cache of one.
-    """
-    count = new.shape[axis]
-    if start is None:
-        if layer is None:
-            return jax.lax.dynamic_update_slice_in_dim(array, new, 0, axis)
-        return jax.lax.dynamic_update_slice_in_dim(array, new[:, None], layer, 1)
-    rows = jnp.arange(array.shape[0])[:, None]
-    slots = start[:, None] + jnp.arange(count)[None]
-    place: tuple[Any, ...]
-    if layer is not None:
-        # Heads are indexed one by one: XLA on TPU lays a cache out for what is written at once, and the products want
-        # one head's numbers together, not those of all heads.
-        heads = jnp.arange(array.shape[2])[None, :, None]
-        place = rows[:, None], layer, heads, *(slice(None),) * (axis == -1), slots[:, None]
-        new = new.swapaxes(-1, -2) if axis == -1 else new
-    else:
-        # What is indexed comes first: [B, count, Hkv, Dh].
-        place = (rows, slice(None), slice(None), slots) if axis == -1 else (rows, slice(None), slots)
-        new = jnp.moveaxis(new, axis, 1)
-    return array.at[place].set(new, mode='drop', unique_indices=True, indices_are_sorted=True)
