@@ -8,6 +8,7 @@ memory, at any time, above that of the start and above the parts of parameters t
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -82,6 +83,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed, and the C library keeps for another time, is not held
     after = anonymous() - start - held[0]
     largest = max(math.prod(weight.stored_shape) for weight in file.weights) * jnp.dtype(args.dtype).itemsize
     print(json.dumps({
