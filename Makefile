@@ -12,7 +12,7 @@ SOURCES := qsharp_jax configs experiments tests benchmarks
 
 .PHONY: demo bench test test-fast test-all lint clean
 
-# One row a step is what learns fastest here, and does not split over the devices of a larger machine.
+# Decoding 150 rows at once does not split over the devices of every larger machine.
 demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/demo.stamp
 	$(BIN)/python experiments/train.py --config=configs/arithmetic.py:tiny --workdir=$(WORKDIR)

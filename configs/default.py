@@ -182,9 +182,8 @@ def reward_options() -> ml_collections.ConfigDict:
 def fit() -> ml_collections.ConfigDict:
     """Maximum likelihood of the observed returns."""
     config = ml_collections.ConfigDict()
-    config.batch_size = 32  # rows a gradient step, over all devices
-    config.samples_per_row = 1  # most answers of one prompt that share a row, and one copy of the prompt
-    config.prompts_per_row = 1  # most prompts that share a row, and one copy of what they begin with alike
+    config.batch_size = 32  # prompts a gradient step, over all devices, each with up to samples_per_row answers
+    config.samples_per_row = 1  # most answers of one prompt in a step; they share one copy of the prompt
     config.epochs = 5.0  # passes over the data
     config.optimizer = 'adamw'  # 'adamw' | 'muon'
     config.learning_rate = 2e-5
@@ -194,7 +193,7 @@ def fit() -> ml_collections.ConfigDict:
     config.warmup_steps = 0  # gradient steps from 0 to learning_rate
     config.schedule = 'constant'  # after the warm-up: 'constant' | 'cosine' (down to 0)
     config.frozen_layers = 0  # leading trunk layers (and the embeddings) that are not trained
-    config.accumulate = 1  # parts a batch is computed in; divides batch_size and changes no result
+    config.accumulate = 1  # parts that a batch is computed in, to save memory; changes no result
     config.tokens = 'all'  # that carry loss: 'all' from the cut on | 'single' (the token at the cut)
     config.init = 'base'  # each iteration starts from: 'base' (as the first) | 'previous' (the last fit)
     config.heldout_fraction = 0.05  # of the prompts kept from training, to measure loss and calibration

@@ -83,7 +83,6 @@ _AT_LEAST: dict[str, int] = {
     'reward_options.workers': 0,
     'fit.batch_size': 1,
     'fit.samples_per_row': 1,
-    'fit.prompts_per_row': 1,
     'fit.weight_decay': 0,
     'fit.clip_norm': 0,
     'fit.warmup_steps': 0,
@@ -179,9 +178,6 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     if keys['fit.frozen_layers'] and keys['value.scan_layers']:
         yield (f"config.fit.frozen_layers is {keys['fit.frozen_layers']}, and config.value.scan_layers is True: "
                'stacked layers are trained together or not at all. Set one of them to its default.')
-    if keys['fit.accumulate'] > 0 and keys['fit.batch_size'] % keys['fit.accumulate']:
-        yield (f'config.fit.accumulate is {keys["fit.accumulate"]}; it must divide config.fit.batch_size, which is '
-               f'{keys["fit.batch_size"]}.')
     if keys['eval.maj_k'] > keys['eval.samples']:
         yield (f'config.eval.maj_k is {keys["eval.maj_k"]}; a vote needs that many answers, and config.eval.samples is '
                f'{keys["eval.samples"]}.')

@@ -77,8 +77,7 @@ def plan(parts: Experiment) -> str:
         + ('' if made else ' (as configured: the files of the task are not made yet)'),
         f'collected a pass     {config.collect.examples or prompts} prompts x {config.collect.samples} answers',
         f'decoded at once      {config.collect.batch_rows} rows (collect), {config.eval.batch_rows} rows (evaluate)',
-        f'fitted a step        {config.fit.batch_size} rows of up to {config.fit.prompts_per_row} prompts with '
-        f'{config.fit.samples_per_row} answers each',
+        f'fitted a step        {config.fit.batch_size} prompts with up to {config.fit.samples_per_row} answers each',
         '', 'memory per device, activations not counted:',
         *(f'  {name:<44} {size / 2 ** 20:10.1f} MiB' for name, size in memory.items()),
         f'  {"together":<44} {sum(memory.values()) / 2 ** 20:10.1f} MiB',

@@ -270,9 +270,6 @@ def _check_rows(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     """Raises ValueError unless every batch splits evenly over the devices."""
     for name, rows in (('collect.batch_rows', config.collect.batch_rows), ('eval.batch_rows', config.eval.batch_rows)):
         sharding.check_divisible(rows, mesh, name)
-    # Each part of a batch whose gradient is accumulated is split over the devices by itself.
-    sharding.check_divisible(config.fit.batch_size // config.fit.accumulate, mesh,
-                             'fit.batch_size' + ' / fit.accumulate' * (config.fit.accumulate > 1))
     if config.reference.source == 'pretrain':
         sharding.check_divisible(config.reference.pretrain.batch_size, mesh, 'reference.pretrain.batch_size')
 
@@ -284,8 +281,8 @@ def _check_warmup(config: ml_collections.ConfigDict, examples: int) -> None:
     """
     fit = config.fit
     train = examples - max(round(fit.heldout_fraction * examples), 1 if fit.heldout_fraction else 0)
-    rows = math.ceil(train * math.ceil(config.collect.samples / fit.samples_per_row) / fit.prompts_per_row)
-    most = {'fit': (fit, math.ceil(fit.epochs * math.ceil(rows / fit.batch_size)))}
+    groups = train * math.ceil(config.collect.samples / fit.samples_per_row)
+    most = {'fit': (fit, math.ceil(fit.epochs * math.ceil(groups / fit.batch_size)))}
     if config.reference.source == 'pretrain':
         most['reference.pretrain'] = config.reference.pretrain, config.reference.pretrain.steps
     for name, (section, steps) in most.items():

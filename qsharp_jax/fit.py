@@ -123,8 +123,7 @@ def batches(experiment: Experiment, iteration: int) -> tuple[FitBatches, list[Fi
 
     def packed(examples: np.ndarray) -> FitBatches:
         return FitBatches(dataset, config.fit.batch_size, config.fit.samples_per_row, config.seed + iteration,
-                          prompts_per_row=config.fit.prompts_per_row, examples=examples, tokens=config.fit.tokens,
-                          rows_divisible_by=parts)
+                          examples=examples, tokens=config.fit.tokens, rows_divisible_by=parts)
 
     if not len(heldout):
         return packed(train), []

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qsharp_jax import describe, programs, sharding, units
+from qsharp_jax import describe, programs, sharding
+from qsharp_jax.data import packing
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.programs import Compiled, Sizes, TooLarge
@@ -97,10 +99,12 @@ def sizes_of(parts: Experiment) -> Sizes:
     config, buffer = parts.config, parts.rollout.buffer
     _, _, width = describe.training_prompts(parts)
     rows = config.collect.batch_rows
-    length = config.fit.prompts_per_row * (width + config.fit.samples_per_row * buffer)
+    # The most that answers can take. Shorter ones are laid into fewer rows.
+    most = np.full((config.fit.batch_size, 1), width + config.fit.samples_per_row * buffer)
+    fit_rows, fit_length = packing.lay_out(
+        most, 0, packing.ROUND_TO, sharding.batch_shards(parts.mesh) * config.fit.accumulate)
     return Sizes(rows=rows, prompts=prompts_among(parts, rows), width=width, buffer=buffer,
-                 fit_rows=config.fit.batch_size, fit_length=units.round_up(length, 16),
-                 accumulate=config.fit.accumulate)
+                 fit_rows=len(fit_rows), fit_length=fit_length, accumulate=config.fit.accumulate)
 
 
 def prompts_among(parts: Experiment, rows: int) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
-from qsharp_jax.data.packing import attention_mask, FitBatches, split_examples
+from qsharp_jax.data.packing import attention_mask, FitBatches, lay_out, split_examples
 
 ANSWERS = {3: 5, 4: 1, 8: 2, 9: 7, 20: 4}  # number of answers by example
 
@@ -54,10 +54,9 @@ def data_fixture(tmp_path_factory):
 
 
 @pytest.mark.parametrize('tokens', ['all', 'single'])
-@pytest.mark.parametrize('samples_per_row, prompts_per_row, rows', [(1, 1, 4), (3, 1, 2), (3, 4, 2), (100, 100, 3)])
-def test_every_answer_is_once_in_every_epoch_whole_and_with_its_reward(
-        data, tokens, samples_per_row, prompts_per_row, rows):
-    batches = FitBatches(data, rows, samples_per_row, seed=0, prompts_per_row=prompts_per_row, tokens=tokens)
+@pytest.mark.parametrize('samples_per_row, batch_size', [(1, 4), (3, 2), (3, 8), (100, 3), (1, 100)])
+def test_every_answer_is_once_in_every_epoch_whole_and_with_its_reward(data, tokens, samples_per_row, batch_size):
+    batches = FitBatches(data, batch_size, samples_per_row, seed=0, tokens=tokens)
     answers = tokens_of(data)
     starts = {int(answer[0]): index for index, (answer, _) in answers.items()}
     for epoch in range(2):
@@ -123,8 +122,7 @@ def test_a_cut_at_the_last_token_leaves_that_one_with_loss(tmp_path):
 
 
 def test_samples_of_an_example_share_one_copy_of_the_prompt(data):
-    batches = FitBatches(data, 64, 4, seed=0)
-    batch = batches.batch(0)
+    batch = FitBatches(data, 64, 4, seed=0, rows_divisible_by=64).batch(0)
     sizes = np.array([count for row in batch.answer_positions if (count := (row == 0).sum())])
     assert sizes.max() == 4 and sizes.sum() == len(data)
     prompts = sum(len(data[index].prompt) for index in range(len(data)) if data[index].example == 9)
@@ -139,8 +137,8 @@ def separate_rows(batch):
         yield row, np.concatenate([before, here])
 
 
-LAYOUTS = pytest.mark.parametrize('layout', [{'rows': 16, 'samples_per_row': 3},
-                                             {'rows': 4, 'samples_per_row': 3, 'prompts_per_row': 6}])
+LAYOUTS = pytest.mark.parametrize('layout', [{'batch_size': 8, 'samples_per_row': 3, 'rows_divisible_by': 8},
+                                             {'batch_size': 16, 'samples_per_row': 2, 'multiple': 64}])
 
 
 @LAYOUTS
@@ -152,7 +150,7 @@ def test_the_mask_lets_each_token_see_what_separate_causal_rows_would(data, layo
         for i, place in enumerate(places):
             expected[row, place, places[:i + 1]] = True
     padding = ~expected.any(axis=2)
-    assert padding.any() and (padding.all(axis=1)).any()
+    assert padding.any()
     expected |= padding[:, :, None] & np.eye(mask.shape[1], dtype=bool)[None]
     np.testing.assert_array_equal(mask, expected)
 
@@ -196,20 +194,22 @@ def test_a_batch_depends_on_nothing_but_its_step(data):
 
 
 def order(batches, epoch):
-    return [int(row[0]) for step in range(batches.steps_per_epoch)
-            for row in batches.batch(epoch * batches.steps_per_epoch + step).tokens]
+    """First tokens of the answers of each step of an epoch."""
+    steps = [batches.batch(epoch * batches.steps_per_epoch + step) for step in range(batches.steps_per_epoch)]
+    return [tuple(sorted(batch.tokens[batch.answer_positions == 0].tolist())) for batch in steps]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(data):
-    orders = [order(FitBatches(data, 2, 1, seed), epoch) for seed in range(3) for epoch in range(3)]
-    assert len({tuple(one) for one in orders}) == 9
-    assert len({tuple(sorted(one)) for one in orders}) == 1
+    orders = [order(FitBatches(data, 4, 1, seed, rows_divisible_by=2), epoch)
+              for seed in range(3) for epoch in range(3)]
+    assert len({tuple(one) for one in orders}) == len({frozenset(one) for one in orders}) == 9
+    assert len({tuple(sorted(sum(one, ()))) for one in orders}) == 1
 
 
 def test_the_digest_tells_layouts_and_data_apart(data, tmp_path):
     variants = [
         FitBatches(data, 2, 2, 0), FitBatches(data, 4, 2, 0), FitBatches(data, 2, 3, 0), FitBatches(data, 2, 2, 1),
-        FitBatches(data, 2, 2, 0, prompts_per_row=2), FitBatches(data, 2, 2, 0, tokens='single'),
+        FitBatches(data, 2, 2, 0, multiple=64), FitBatches(data, 2, 2, 0, tokens='single'),
         FitBatches(data, 2, 2, 0, examples=[3, 4]),
         FitBatches(make(tmp_path, iterations=2, seed=1), 2, 2, 0)]
     assert len({batches.digest for batches in variants}) == len(variants)
@@ -223,13 +223,11 @@ def test_chosen_examples_alone_are_used(data):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    ({'rows': 6, 'rows_divisible_by': 4}, 'a batch of 6 rows does not divide into 4 equal parts: make it 8'),
-    ({'rows': 0}, 'a batch of 0 rows'), ({'samples_per_row': 0}, 'samples_per_row is 0'),
-    ({'prompts_per_row': 0}, 'prompts_per_row is 0'),
+    ({'batch_size': 0}, 'batch_size is 0'), ({'samples_per_row': 0}, 'samples_per_row is 0'),
     ({'tokens': 'first'}, "tokens is 'first'"), ({'examples': [777]}, 'no answers to the 1 chosen prompts')])
 def test_impossible_batches_are_refused(data, arguments, words):
     with pytest.raises(ValueError, match=words):
-        FitBatches(data, **{'rows': 4, 'samples_per_row': 1, 'seed': 0, **arguments})
+        FitBatches(data, **{'batch_size': 4, 'samples_per_row': 1, 'seed': 0, **arguments})
 
 
 def test_a_prompt_that_changed_is_refused(tmp_path):
@@ -249,14 +247,82 @@ def test_prompts_of_a_row_share_what_they_begin_with(tmp_path):
     writer.write_shard(1, 0, [Rollout(1, example, 0, np.array(prompt, np.int32), np.array([20 + example], np.int32),
                                       0, True, False) for example, prompt in prompts.items()], {})
     writer.write_labels(1, 0, 'reward', np.linspace(0, 1, 5))
-    batches = FitBatches(AggregatedDataset(tmp_path, 'reward', 1), 1, 1, 0, prompts_per_row=5, multiple=1)
+    data = AggregatedDataset(tmp_path, 'reward', 1)
+    assert data.shared_prefix == 0
+    batches = FitBatches(data, 5, 1, 0, multiple=32)
     batch = batches.batch(0)
     # 6 8 1 · 7 8 · 1 · 2 · 3, each once, and five answers.
-    assert batches.shape == (1, 8 + 5)
+    assert batches.shape == (1, 32) and batch.ends[0, 8 + 5:].tolist() == list(range(8 + 5 + 1, 32 + 1))
     for _, before, here in as_rows(batch):
         example = batch.examples[0, here[0]]
         assert batch.tokens[0, before].tolist() == prompts[example] and batch.tokens[0, here] == [20 + example]
         assert batch.positions[0, here] == len(prompts[example])
+
+
+def padding(batch):
+    """Tokens that no other one sees and that answer nothing."""
+    return (batch.ends == 1 + np.arange(batch.ends.shape[1])) & (batch.examples < 0)
+
+
+def lengths_of(directory, prompts, answers, shared=0):
+    """D with prompts and answers of these lengths, an answer a prompt; the prompts begin with `shared` equal tokens."""
+    writer = DatasetWriter(directory)
+    rollouts = [Rollout(1, example, 0, np.r_[np.zeros(shared), np.full(prompt, 1 + example)].astype(np.int32),
+                        np.ones(answer, np.int32), 0, True, False)
+                for example, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))]
+    writer.write_shard(1, 0, rollouts, {})
+    writer.write_labels(1, 0, 'reward', np.ones(len(rollouts)))
+    return AggregatedDataset(directory, 'reward', 1)
+
+
+@pytest.mark.parametrize('batch_size, rows_divisible_by', [(16, 1), (32, 4), (128, 8)])
+def test_answers_of_very_unequal_lengths_leave_little_padding(tmp_path, batch_size, rows_divisible_by):
+    rng = np.random.default_rng(0)
+    prompts, answers = rng.integers(40, 201, 2560), rng.integers(20, 257, 2560)
+    batches = FitBatches(
+        lengths_of(tmp_path, prompts, answers), batch_size, 1, 0, rows_divisible_by=rows_divisible_by)
+    assert batches.steps_per_epoch == len(prompts) // batch_size
+    rows, length = batches.shape
+    assert rows % rows_divisible_by == 0
+    assert (prompts.sum() + answers.sum()) / batches.steps_per_epoch / (rows * length) > 0.9
+    for step in range(0, 3 * batches.steps_per_epoch, 7):
+        assert padding(batches.batch(step)).mean() < 0.1
+
+
+def test_what_all_prompts_begin_with_is_once_in_each_row(tmp_path):
+    data = lengths_of(tmp_path, [3] * 64, [5] * 64, shared=100)
+    assert data.shared_prefix == 100
+    batches = FitBatches(data, 32, 1, 0)
+    assert np.prod(batches.shape) < 32 * 8 + 2 * 112
+    batch = batches.batch(0)
+    assert (batch.tokens[~padding(batch)] == 0).sum() == batches.shape[0] * 100
+
+
+@pytest.mark.parametrize('batch_size, rows_divisible_by', [(32, 1), (32, 4), (128, 8)])
+def test_a_few_long_answers_do_not_make_all_rows_long_and_empty(tmp_path, batch_size, rows_divisible_by):
+    rng = np.random.default_rng(0)
+    answers = np.minimum(rng.lognormal(4.8, 0.5, 2560), 1024).astype(int)
+    answers[rng.random(len(answers)) < 0.01] = 1024  # cut off at the limit
+    batches = FitBatches(
+        lengths_of(tmp_path, np.full(2560, 40), answers), batch_size, 1, 0, rows_divisible_by=rows_divisible_by)
+    tokens = (40 * 2560 + answers.sum()) / batches.steps_per_epoch
+    assert 0.85 * np.prod(batches.shape) < tokens < 0.35 * batch_size * 1064  # a row each
+
+
+@pytest.mark.parametrize('shared', [0, 50])
+@pytest.mark.parametrize('multiple, rows_divisible_by', [(1, 1), (16, 4)])
+@pytest.mark.parametrize('classes', [1, 2, 3, 7, 30])
+def test_layouts_hold_every_group_and_take_no_more_than_a_row_for_each(shared, multiple, rows_divisible_by, classes):
+    steps = 5
+    sizes = -np.sort(-np.random.default_rng(classes).integers(1, 200, classes * steps)).reshape(classes, steps)
+    rows, length = lay_out(sizes, shared, multiple, rows_divisible_by)
+    assert sorted(number for row in rows for number, _ in row) == list(range(classes))
+    assert all(sorted(columns) == list(range(steps)) for row in rows for _, columns in row)
+    totals = [sum(sizes[number, columns] for number, columns in row) for row in rows]
+    assert max(np.max(total) for total in totals) + shared == pytest.approx(length, abs=multiple - 1)
+    assert length % multiple == 0 and len(rows) % rows_divisible_by == 0
+    most = -(-classes // rows_divisible_by) * rows_divisible_by
+    assert len(rows) * length <= most * (-(-(sizes.max() + shared) // multiple) * multiple)
 
 
 @pytest.mark.parametrize('fraction, count', [(0.0, 0), (0.001, 1), (0.25, 25), (0.999, 99)])

@@ -269,6 +269,7 @@ class AggregatedDataset:
       units: iteration, example, sample of each roll-out.  # [N, 3] int64
       lengths: tokens of prompt and of answer of each roll-out.  # [N, 2] int64
       cuts: index of the last guided token of each answer.  # [N] int64
+      shared_prefix: number of tokens that all prompts begin with alike.
       abstained: number of roll-outs left out because the reward abstained.
       duplicates: number of roll-outs left out because their unit came before.
       digest: hash of all the roll-outs and labels here, in their order.
@@ -291,6 +292,7 @@ class AggregatedDataset:
         paths, rewards, rows, seen = [], [], [], set()
         self.abstained = self.duplicates = 0
         first, digest = 0, hashlib.sha256()
+        prefix: np.ndarray | None = None
         for shard in manifest.upto(iteration):
             try:
                 rollouts = manifest.read(shard)
@@ -310,10 +312,11 @@ class AggregatedDataset:
                 if np.isnan(label):
                     self.abstained += 1
                     continue
+                prefix = rollout.prompt if prefix is None else prefix[:common_prefix(prefix, rollout.prompt)]
                 rewards.append(label)
                 rows.append((first + number, *rollout.unit, len(rollout.prompt), len(rollout.answer), rollout.cut))
             first += shard.n
-        if not rows:
+        if prefix is None:
             raise ValueError(f'{directory} has no labelled roll-outs up to iteration {iteration} '
                              f'({self.abstained} were left out because the reward abstained).')
         if self.duplicates:
@@ -321,6 +324,7 @@ class AggregatedDataset:
         table = np.array(rows, np.int64)
         self._places, self.units, self.lengths, self.cuts = table[:, 0], table[:, 1:4], table[:, 4:6], table[:, 6]
         self.rewards = np.array(rewards, np.float64)
+        self.shared_prefix = len(prefix)
         self.digest = digest.hexdigest()
         self._source = array_record_data_source.ArrayRecordDataSource(paths)
 
@@ -350,6 +354,13 @@ class AggregatedDataset:
         np.minimum.at(least, inverse, self.rewards)
         np.maximum.at(most, inverse, self.rewards)
         return ids[least < most]
+
+
+def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """Returns how many leading entries are equal."""
+    size = min(len(first), len(second))
+    different = np.flatnonzero(first[:size] != second[:size])
+    return int(different[0]) if len(different) else size
 
 
 @contextlib.contextmanager

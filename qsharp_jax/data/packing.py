@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 import hashlib
+import heapq
 import math
 from typing import Literal
 
@@ -18,9 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax.data import builders
-from qsharp_jax.data.dataset import AggregatedDataset, Rollout
+from qsharp_jax.data.dataset import AggregatedDataset, common_prefix, Rollout
 
 Array = np.ndarray | jax.Array
+
+# In rows of so many tokens attention takes as long as all other work. On CPU 750 were measured at width 64 and 3,500 at
+# width 576; a number between these makes rows that take a few per cent more work at most, whichever is right.
+ATTENTION_KEYS = 2560
+ROUND_TO = 16  # of which the length of a row is a multiple
+
 Group = tuple[Sequence[Rollout], np.ndarray]  # answers to one prompt, and their rewards
 
 
@@ -63,25 +70,25 @@ def attention_mask(ends: Array) -> jax.Array:
     return (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < ends[:, None, :])
 
 
-def pack(rows: Sequence[Sequence[Group]], size: int, length: int, tokens: Literal['all', 'single'],
+def pack(rows: Sequence[Sequence[Group]], length: int, tokens: Literal['all', 'single'],
          filler: float) -> FitBatch:
-    """Returns a batch; rows beyond those given are padding.
+    """Returns a batch.
 
     Args:
-      rows: groups of answers that share a row, each to one prompt.
-      size: B.
+      rows: groups of answers that share a row, each to one prompt; a row without any is padding.  # B
       length: T.
       tokens: which carry loss: 'all' from the cut on, or the 'single' one at the cut.
       filler: reward of padding rows, inside the support of the returns.
     """
-    shape = size, length
-    own = np.tile(np.arange(length, dtype=np.int32), (size, 1))
+    shape = len(rows), length
+    own = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
     batch = FitBatch(
         tokens=np.zeros(shape, np.int32), ends=own + 1, positions=np.zeros(shape, np.int32), parents=own,
         examples=np.full(shape, -1, np.int32), answer_positions=np.full(shape, -1, np.int32),
         rewards=np.full(shape, filler, np.float32), weights=np.zeros(shape, np.float32))
     for row, groups in enumerate(rows):
-        _fill(jax.tree.map(lambda leaf: leaf[row], batch), groups, tokens)
+        if groups:
+            _fill(jax.tree.map(lambda leaf: leaf[row], batch), groups, tokens)
     return batch
 
 
@@ -96,7 +103,7 @@ def _fill(row: FitBatch, groups: Sequence[Group], tokens: str) -> None:
         if other:
             raise ValueError(f'unit {other[0]} has another prompt than unit {rollouts[0].unit}: prefix, template or '
                              'tokenizer changed while D was collected. Start in another workdir.')
-        shared = _common(np.asarray(row.tokens)[path], prompt)
+        shared = common_prefix(np.asarray(row.tokens)[path], prompt)
         row.ends[path[shared:]] = end
         path = path[:shared] + _chain(row, prompt[shared:], end, path[:shared])
         end += len(prompt) - shared
@@ -120,18 +127,14 @@ def _chain(row: FitBatch, tokens: np.ndarray, start: int, above: Sequence[int]) 
     return place
 
 
-def _common(first: np.ndarray, second: np.ndarray) -> int:
-    """Returns how many leading entries are equal."""
-    size = min(len(first), len(second))
-    different = np.flatnonzero(first[:size] != second[:size])
-    return int(different[0]) if len(different) else size
-
-
 class FitBatches:
     """Batches of D in an order that is shuffled anew in each epoch. `batch(step)` depends on nothing but its arguments:
     a fit that resumes at a step needs no other position.
 
-    Every epoch holds every answer once. Its last batch is filled up with padding rows.
+    Every epoch holds every answer once. Groups of answers are sorted by their tokens into as many classes as a batch
+    has groups, and a batch has at most one of each class: long and short answers come in the same proportion in all
+    batches. Which groups share a row is laid out once, such that rows are evenly full; which rows share a batch is
+    drawn anew in each epoch.
 
     Attributes:
       steps_per_epoch: batches an epoch.
@@ -141,62 +144,113 @@ class FitBatches:
       digest: hash of the data and of how it is packed and ordered.
     """
 
-    def __init__(self, dataset: AggregatedDataset, rows: int, samples_per_row: int, seed: int, *,
-                 prompts_per_row: int = 1, examples: Collection[int] | np.ndarray | None = None,
-                 tokens: Literal['all', 'single'] = 'all', multiple: int = 16, rows_divisible_by: int = 1) -> None:
+    def __init__(self, dataset: AggregatedDataset, batch_size: int, samples_per_row: int, seed: int, *,
+                 examples: Collection[int] | np.ndarray | None = None, tokens: Literal['all', 'single'] = 'all',
+                 multiple: int = ROUND_TO, rows_divisible_by: int = 1) -> None:
         """Lays out the rows.
 
         Args:
           dataset: D.
-          rows: B, rows a batch over all devices.
-          samples_per_row: most answers of one prompt in a row.
-          seed: of the order, and of which answers and prompts share a row.
-          prompts_per_row: most prompts in a row; worth it where prompts begin alike.
+          batch_size: most groups a batch over all devices; the steps of an epoch share the groups out evenly.
+          samples_per_row: most answers of a group; all are to one prompt, which they share.
+          seed: of the order, and of which answers are grouped.
           examples: ids of the prompts to use; None for all.
           tokens: which carry loss: 'all' from the cut on, or the 'single' one at the cut.
-          multiple: T is the longest row, rounded up to a multiple of this.
+          multiple: of which T is one.
           rows_divisible_by: what B must be divisible by: devices, times parts of an accumulated gradient.
 
         Raises:
-          ValueError: if B is not divisible, or no answer is left.
+          ValueError: if no answer is left.
         """
-        if rows < 1 or rows % rows_divisible_by:
-            raise ValueError(f'a batch of {rows} rows does not divide into {rows_divisible_by} equal parts: make it '
-                             f'{max(1, round(rows / rows_divisible_by)) * rows_divisible_by}, or another multiple.')
-        for name, most in (('samples_per_row', samples_per_row), ('prompts_per_row', prompts_per_row)):
+        for name, most in (('batch_size', batch_size), ('samples_per_row', samples_per_row)):
             if most < 1:
                 raise ValueError(f'{name} is {most}; it must be at least 1.')
         if tokens not in ('all', 'single'):
             raise ValueError(f"tokens is {tokens!r}; it is 'all' (from the cut on) or 'single' (the one at the cut).")
         chosen = dataset.examples if examples is None else np.intersect1d(dataset.examples, np.fromiter(examples, int))
-        groups = _groups(dataset, chosen, samples_per_row, seed)
-        if not groups:
+        if not len(chosen):
             raise ValueError(f'D has no answers to the {0 if examples is None else len(examples)} chosen prompts.')
-        mixed = np.random.default_rng([seed, len(groups)]).permutation(len(groups)).tolist()
-        laid = [[groups[index] for index in mixed[first:first + prompts_per_row]]
-                for first in range(0, len(mixed), prompts_per_row)]
-        kept = np.array([_kept(length, cut, tokens)
-                         for length, cut in zip(dataset.lengths[:, 1], dataset.cuts, strict=True)])
-        longest = max(_row_length(dataset, row, kept) for row in laid)
-        length = math.ceil(longest / multiple) * multiple
-        self.steps_per_epoch = math.ceil(len(laid) / rows)
-        self.num_samples = sum(len(group) for group in groups)
+        rng = np.random.default_rng(seed)
+        members, starts = _groups(dataset, chosen, samples_per_row, rng)
+        kept = dataset.lengths[:, 1] if tokens == 'all' else dataset.cuts + 1
+        answers = np.add.reduceat(kept[members], starts)
+        own = dataset.lengths[members[starts], 0] - dataset.shared_prefix + answers
+        self.steps_per_epoch = math.ceil(len(starts) / batch_size)
+        mixed = rng.permutation(len(starts))
+        classes = min(batch_size, len(starts))
+        slots = np.full((classes, self.steps_per_epoch), -1)
+        for slot, numbers in zip(slots, _split(mixed[np.argsort(-own[mixed], kind='stable')], classes)):
+            slot[:len(numbers)] = numbers
+        laid, length = lay_out(np.append(own, 0)[slots], dataset.shared_prefix, multiple, rows_divisible_by)
+        rows = [np.array([slots[number, columns] for number, columns in row]).reshape(-1, self.steps_per_epoch).T
+                for row in laid]
+        self._dataset, self._members, self._bounds = dataset, members, np.append(starts, len(members))
+        # Rows shuffled alike would come together in each epoch. Grain adds the epoch to its seed: seeds of a run that
+        # follow each other would share their orders.
+        self._rows = [
+            grain.MapDataset.source(numbers)
+            .shuffle(seed=int(builders.hash_share(f'order {seed} {index}') * 2 ** 32))
+            .repeat() for index, numbers in enumerate(rows)]
+        self._tokens: Literal['all', 'single'] = tokens
+        self.num_samples = len(members)
         self.num_examples = len(chosen)
-        self.shape = rows, length
-        layout = ' '.join(map(str, (dataset.digest, rows, samples_per_row, prompts_per_row, seed, tokens, length,
-                                    chosen.tolist())))
-        self.digest = hashlib.sha256(layout.encode()).hexdigest()
-        filler = float(dataset.rewards[groups[0][0]])
-        self._batches = (
-            grain.MapDataset.source(_Rows(dataset, laid))
-            # Grain adds the epoch to its seed: seeds of a run that follow each other would share their orders.
-            .shuffle(seed=int(builders.hash_share(f'order {seed}') * 2 ** 32))
-            .batch(rows, batch_fn=lambda chunk: pack(chunk, rows, length, tokens, filler))
-            .repeat())
+        self.shape = len(rows), length
+        layout = ' '.join(map(str, (dataset.digest, batch_size, samples_per_row, seed, tokens, self.shape)))
+        self.digest = hashlib.sha256(layout.encode() + chosen.tobytes()).hexdigest()
 
     def batch(self, step: int) -> FitBatch:
         """Returns the batch of a step, counted from 0 through all epochs."""
-        return self._batches[step]
+        rows = [[self._group(number) for number in row[step] if number >= 0] for row in self._rows]
+        return pack(rows, self.shape[1], self._tokens, float(self._dataset.rewards[self._members[0]]))
+
+    def _group(self, number: int) -> Group:
+        members = self._members[self._bounds[number]:self._bounds[number + 1]]
+        return self._dataset.read(members), self._dataset.rewards[members]
+
+
+def lay_out(sizes: np.ndarray, shared: int, multiple: int,
+            rows_divisible_by: int) -> tuple[list[list[tuple[int, np.ndarray]]], int]:
+    """Returns which classes of groups share each row, and the tokens of a row: of the ways tried the least work.
+
+    Args:
+      sizes: tokens of each group beyond what all prompts begin with, largest classes first.  # [C, steps]
+      shared: tokens that all prompts begin with, once in each row.
+      multiple: of which the tokens of a row are one.
+      rows_divisible_by: of which the number of rows is a multiple; some may stay empty.
+
+    Returns:
+      For each row its classes, each with the column of `sizes` whose group each step has [steps]; and the tokens.
+    """
+    classes, steps = sizes.shape
+    most, mean = sizes.max(axis=1), sizes.sum() / steps
+    descending = np.argsort(-sizes, axis=1, kind='stable')
+    best: tuple[float, list[list[tuple[int, np.ndarray]]], int] | None = None
+    # Rows as long as the longest group can hold all of them in so many, each but one filled to half or more.
+    enough = min(classes, int(2 * most.sum() / most.max()) + 1)
+    for count in range(math.ceil(enough / rows_divisible_by) * rows_divisible_by, 0, -rows_divisible_by):
+        # The bound is convex in the number of rows: it only rises from here.
+        if best is not None and _work(count, shared + mean / count) >= best[0]:
+            break
+        rows: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(count)]
+        filled = np.zeros((count, steps), np.int64)
+        longest = [(0, row) for row in range(count)]
+        for number in range(classes):
+            # To the row that is shortest where it is longest; there the largest to the steps that have least.
+            row = longest[0][1]
+            columns = np.empty(steps, np.int64)
+            columns[np.argsort(filled[row], kind='stable')] = descending[number]
+            rows[row].append((number, columns))
+            filled[row] += sizes[number, columns]
+            heapq.heapreplace(longest, (int(filled[row].max()), row))
+        length = math.ceil((shared + int(filled.max())) / multiple) * multiple
+        if best is None or _work(count, length) < best[0]:
+            best = _work(count, length), rows, length
+    assert best is not None
+    return best[1:]
+
+
+def _work(rows: int, length: float) -> float:
+    return rows * length * (1 + length / ATTENTION_KEYS)
 
 
 def split_examples(ids: Collection[int] | np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -220,38 +274,25 @@ def split_examples(ids: Collection[int] | np.ndarray, fraction: float, seed: int
     return np.sort(np.array(order[count:], np.int64)), np.sort(np.array(order[:count], np.int64))
 
 
-class _Rows:
-    """The rows before they are laid out, one by one, for grain."""
-
-    def __init__(self, dataset: AggregatedDataset, rows: Sequence[Sequence[np.ndarray]]) -> None:
-        self._dataset, self._rows = dataset, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> list[Group]:
-        return [(self._dataset.read(group), self._dataset.rewards[group]) for group in self._rows[index]]
-
-
-def _row_length(dataset: AggregatedDataset, row: Sequence[np.ndarray], kept: np.ndarray) -> int:
-    """Returns how many tokens a row takes."""
-    prompts = sorted(dataset.read(group[:1])[0].prompt.tolist() for group in row) if len(row) > 1 else []
-    saved = sum(_common(np.array(one), np.array(other)) for one, other in zip(prompts, prompts[1:]))
-    return sum(int(dataset.lengths[group[0], 0] + kept[group].sum()) for group in row) - saved
+def _split(numbers: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Returns consecutive parts, of which the larger ones, by 1, lie evenly among the others."""
+    bounds = np.arange(parts + 1) * len(numbers) // parts
+    return [numbers[first:last] for first, last in zip(bounds, bounds[1:])]
 
 
 def _groups(dataset: AggregatedDataset, examples: np.ndarray, samples_per_row: int,
-            seed: int) -> list[np.ndarray]:
-    """Returns row numbers of the dataset, grouped: answers to one prompt, of all iterations, in even parts."""
-    members: dict[int, list[int]] = {int(example): [] for example in examples}
-    for index, example in enumerate(dataset.units[:, 1].tolist()):
-        if example in members:
-            members[example].append(index)
-    groups = []
-    for example, indices in members.items():
-        mixed = np.random.default_rng([seed, example]).permutation(indices)
-        groups += np.array_split(mixed, math.ceil(len(mixed) / samples_per_row))
-    return groups
+            rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns row numbers of the dataset, grouped, and where each group begins.
+
+    A group has answers to one prompt, of all iterations; those of a prompt are split evenly.
+    """
+    chosen = rng.permutation(np.flatnonzero(np.isin(dataset.units[:, 1], examples)))
+    chosen = chosen[np.argsort(dataset.units[chosen, 1], kind='stable')]
+    _, first, which, count = np.unique(
+        dataset.units[chosen, 1], return_index=True, return_inverse=True, return_counts=True)
+    parts = -(-count // samples_per_row)
+    part = (np.arange(len(chosen)) - first[which]) * parts[which] // count[which]
+    return chosen, np.flatnonzero((np.diff(which, prepend=-1) != 0) | (np.diff(part, prepend=0) != 0))
 
 
 def _kept(length: int, cut: int, tokens: str) -> int:
