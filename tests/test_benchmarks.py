@@ -197,6 +197,8 @@ def test_both_sides_write_as_many_tokens_as_asked(tmp_path, monkeypatch):
 @pytest.mark.parity
 @pytest.mark.parametrize('samples', ('equal', 'unequal'))
 def test_both_sides_fit_the_same_loss(samples, tmp_path, monkeypatch):
+    # The sides have orders of their own: at such a rate updates hardly change the losses after them.
+    monkeypatch.setattr(workload, 'LEARNING_RATE', 1e-7)
     ours, peer = tiny_sides(tmp_path, monkeypatch)
     per_row = 1 if samples == 'equal' else 4
     work = [ours.prepare_fit(samples=samples, samples_per_row=per_row, batch=16 // per_row, layers=2),
@@ -206,8 +208,7 @@ def test_both_sides_fit_the_same_loss(samples, tmp_path, monkeypatch):
         assert all(one == {'computed': 32 * 128, 'real': 32 * 128} for one in work)
     first, second = ours.fit(samples), peer.fit(samples)
     assert first['tokens'] == second['tokens']
-    # The mean over all samples, but for what a few updates at a small rate have changed meanwhile.
-    assert first['loss'] == pytest.approx(second['loss'], abs=1e-3)
+    assert first['loss'] == pytest.approx(second['loss'], abs=1e-4)
     assert jnp.isfinite(first['loss'])
     # Another pass goes on from there, and lowers it.
     assert ours.fit(samples)['loss'] < first['loss'] and peer.fit(samples)['loss'] < second['loss']
