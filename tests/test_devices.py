@@ -21,7 +21,7 @@ from qsharp_jax.metrics import read_rows
 from qsharp_jax.models import networks, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.types import Policy
-from tests import tabular, tiny
+from tests import pools, tabular, tiny
 
 MESHES = {'data=8': (8, 1, 1), 'data=2,fsdp=2,tensor=2': (2, 2, 2)}
 VOCAB, ROWS, LENGTH = 12, 32, 6
@@ -58,7 +58,7 @@ def placed(mesh):
                     top_k=np.zeros(ROWS, np.int32), top_p=np.ones(ROWS, np.float32),
                     reference_temperature=np.ones(ROWS, np.float32))
     rows = (number % 4).astype(np.int32), (number % 4).astype(np.int32), (number // 4).astype(np.int32), number < 30
-    return sharding.shard_batch(mesh, policy), rollout.Units(
+    return sharding.shard_batch(mesh, policy), pools.Units(
         *sharding.replicate(mesh, (PROMPTS, LENGTHS)), *sharding.shard_batch(mesh, rows))
 
 
@@ -115,7 +115,7 @@ def test_roll_outs_are_exactly_equal_on_dyadic_logits(name: str) -> None:
     drawn = []
     for mesh in (make_mesh('one'), make_mesh(name)):
         policy, units = placed(mesh)
-        found = rollout.collect(
+        found = pools.collect(
             FAKES[0], decoding.Guidance(FAKES[1], BERNOULLI, candidates=5), None, None, policy, units,
             rollout.RolloutConfig(LENGTH), EOS, 0, 2)
         assert_split(found, mesh)

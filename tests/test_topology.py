@@ -174,25 +174,29 @@ def test_a_small_model_is_compiled_for_four_chips(
     mesh = sharding.make_mesh(**config.mesh, devices=topology.devices(topology.parse('v5e:2x2')))
     parts = experiment.outline(config, tmp_path / 'run', mesh)
     shapes = fits.sizes_of(parts)
-    start, decode = fits.decoding_programs(parts, shapes)
+    found = programs.decoding_programs(parts, shapes)
     update = programs.compile_(lambda: programs.update(parts, shapes))
-    for compiled, run in ((start, start.program.run()), (decode, decode.program.step()),
+    for compiled, run in ((found.prefill, found.prefill.program.run()), (found.advance, found.advance.program.step()),
                           (update, update.program.run())):
         assert run.flops == pytest.approx(compiled.executable.cost_analysis()['flops'], rel=0.1)
     # A step reads parameters and caches once, and brings no parameter from other devices.
     config = tiny.config(tmp_path / 'data', **changes, value__scan_layers=True)
     parts = experiment.outline(config, tmp_path / 'run', mesh)
-    start, decode = fits.decoding_programs(parts, shapes)
-    program = decode.program
+    found = programs.decoding_programs(parts, shapes)
+    program = found.advance.program
     kernels = [math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) * 2
                for leaf in jax.tree.leaves(programs.reference_params(parts)['layers']) if leaf.ndim > 2]
     assert max(program.gathered(), default=0) < min(kernels)
-    # No cache is laid out anew as the loop begins or ends; they are split by heads.
-    found = start.executable
+    # No cache is laid out anew as the loop begins or ends, or as rows are filled; they are split by heads.
+    made = found.refill.executable
     caches = {place.shard_shape(leaf.shape) for leaf, place in zip(
-        jax.tree.leaves(found.out_info), jax.tree.leaves(found.output_shardings)) if leaf.ndim == 5}
+        jax.tree.leaves(made.out_info), jax.tree.leaves(made.output_shardings)) if leaf.ndim == 5}
     assert caches == {(8, 5, 2, 128, 128), (8, 3, 2, 128, 128)}
-    assert not [found for found in program.entry.instructions.values()
-                if found.opcode == 'copy' and found.shapes[0].sizes in caches]
-    # State and caches are written where they were.
-    assert decode.memory.aliased > 0.9 * decode.memory.outputs
+    for program in (found.advance.program, found.refill.program):
+        assert not [one for one in program.entry.instructions.values()
+                    if one.opcode == 'copy' and one.shapes[0].sizes in caches]
+    # State and caches are written where they were, and of the rows only those that are filled.
+    for compiled in (found.advance, found.refill):
+        assert compiled.memory.aliased > 0.9 * compiled.memory.outputs
+    assert found.refill.program.run().bytes < found.caches / 4
+    assert max(found.refill.program.gathered(), default=0) < found.caches / 8
