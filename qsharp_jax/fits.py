@@ -4,9 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import dataclasses
 import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from qsharp_jax import describe, programs, queue, sharding, units
@@ -132,7 +130,8 @@ def largest_batch(parts: Experiment, sizes: Sizes, memory: float,
     rows, tried = sizes.rows, Tried({}, set(), memory)
     for attempt in range(_ATTEMPTS):
         if attempt:
-            found = decoding_programs(parts, dataclasses.replace(sizes, rows=rows, prompts=prefilled_prompts(parts, rows)))
+            more = dataclasses.replace(sizes, rows=rows, prompts=prefilled_prompts(parts, rows))
+            found = decoding_programs(parts, more)
         tried.add(rows, found)
         guess = tried.next_rows(step)
         if guess in tried.taken or guess == 0:

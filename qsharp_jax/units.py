@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 
@@ -12,7 +12,8 @@ _PREFILLED = 8  # for so many rows at least one more holds a prompt from which t
 _WIDTHS = 3  # that prompts are padded to
 
 
-class Units(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Units:
     """Units, example by example.
 
     Attributes:
@@ -35,7 +36,8 @@ def units(which: Sequence[int] | np.ndarray, samples: int, policies: int) -> Uni
       policies: number of policies.
     """
     place, rest = np.divmod(np.arange(len(which) * samples * policies), samples * policies)
-    return Units(np.asarray(which, np.int64)[place], *np.divmod(rest, policies))
+    sample, policy = np.divmod(rest, policies)
+    return Units(np.asarray(which, np.int64)[place], sample, policy)
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -65,9 +65,9 @@ def draw(tree: tabular.Language, law: np.ndarray | None, number: int, seed: int,
         unit = first + np.arange(BATCH)
         rows = jnp.asarray(unit % len(tree.prompts))
         units = pools.Units(prompts, lengths, rows, rows, jnp.asarray(unit // len(tree.prompts)),
-                              jnp.asarray(unit < number))
+                            jnp.asarray(unit < number))
         drawn = pools.collect(REFERENCE, how, tree.reference_params(), scores, policy, units,
-                                rollout.RolloutConfig(tree.horizon), tree.eos, seed, iteration)
+                              rollout.RolloutConfig(tree.horizon), tree.eos, seed, iteration)
         count, tokens = np.asarray(drawn.count), np.asarray(drawn.tokens)
         tokens = np.where(np.arange(tree.horizon) < count[:, None], tokens, 0)
         found.append(np.column_stack([rows, drawn.cut, count, tokens])[unit < number])

@@ -1,6 +1,7 @@
 """What graded answers amount to, on rows written by hand; and that finished blocks are not done again."""
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -9,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from qsharp_jax import estimators, evaluate, units
+from qsharp_jax import estimators, evaluate
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.evaluate import Evaluated
 
@@ -108,7 +109,7 @@ def fixture_asked(monkeypatch):
 
     def answer(experiment, prompts, policies, split, queue, which, samples, ended):
         rows = []
-        for index, sample, policy in zip(*units.units(which, samples, len(policies))):
+        for index, sample, policy in itertools.product(which, range(samples), range(len(policies))):
             unit = int(prompts.ids[index]), int(sample), int(policy)
             asked.append(unit)
             rows.append({'id': unit[0], 'sample': unit[1], 'policy': unit[2], 'eta': policies[unit[2]].eta,

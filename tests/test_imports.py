@@ -27,7 +27,8 @@ LAYERS = (
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
 # Parts that take networks as arguments, or need none.
-WITHOUT_MODELS = ('categorical', 'guidance', 'decoding', 'rollout', 'queue', 'data', 'rewards', 'report', 'config', 'metrics')
+WITHOUT_MODELS = ('categorical', 'guidance', 'decoding', 'rollout', 'queue', 'data', 'rewards', 'report', 'config',
+                  'metrics')
 
 Graph = dict[str, set[str]]
 

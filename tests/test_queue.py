@@ -96,8 +96,7 @@ ANSWER = 'tokens', 'count', 'ended', 'values'
 SPLICED = 'tokens', 'count', 'ended', 'cut', 'roll_in'
 
 
-@pytest.mark.parametrize('rows', (1, 3, 16, 64))
-@pytest.mark.parametrize('order', GUIDED)
+@pytest.mark.parametrize('rows, order', ((1, 'paper'), (5, 'after_sampler'), (64, 'paper')))
 def test_answers_are_those_of_units_alone(rows, order):
     of = policies()
     drawn = queue_of(decoding.Answering(MOST), rows, how=GUIDED[order]).draw(range(6), 3, of)
@@ -109,12 +108,12 @@ def test_answers_are_those_of_units_alone(rows, order):
         np.testing.assert_array_equal(drawn.read.value_tokens, expected.value_tokens)
     assert drawn.written == expected.count.sum() and len(set(np.asarray(expected.count).tolist())) > 3
     assert drawn.occupancy == drawn.written / (rows * drawn.steps)
-    assert rows > 3 or drawn.occupancy > 0.9
+    assert rows > 5 or drawn.occupancy > 0.9
 
 
-@pytest.mark.parametrize('rows', (1, 5, 32))
-@pytest.mark.parametrize('cut, budget', (('uniform', 'total'), ('uniform', 'fresh'), ('start', 'total'),
-                                         ('start', 'fresh')))
+@pytest.mark.parametrize('rows, cut, budget', (
+    (1, 'uniform', 'total'), (32, 'uniform', 'total'), (5, 'uniform', 'fresh'), (5, 'start', 'total'),
+    (5, 'start', 'fresh')))
 def test_spliced_answers_are_those_of_two_passes(rows, cut, budget):
     of, config = policies(), rollout.RolloutConfig(MOST, cut, budget)
     drawn = queue_of(rollout.RollingOut(config), rows).draw(range(6), 3, of)
@@ -152,13 +151,13 @@ def test_one_unit_alone():
 
 
 def test_a_call_does_the_same_after_other_calls_and_tells_how_far_it_is():
-    """A block that is done again by another process is scheduled alike, so it is bit-equal also where rounding counts."""
+    """So a block that is done again is bit-equal, also where rounding counts."""
     of, task = policies(), rollout.RollingOut(rollout.RolloutConfig(MOST))
     used, calls = queue_of(task, 5), []
     used.draw((2, 5, 4), 3, of)
     again = used.draw((0, 1), 4, of, lambda count, occupancy: calls.append((count, occupancy)))
     fresh = queue_of(task, 5).draw((0, 1), 4, of)
-    assert again[2:] == fresh[2:]
+    assert again[2:] == fresh[2:] and again.units.index.tolist() == fresh.units.index.tolist()
     for mine, other in zip(again.read, fresh.read):
         np.testing.assert_array_equal(mine, other)
     assert sum(count for count, _ in calls) == 2 * 4 * 3 and calls[-1][1] == again.occupancy

@@ -24,7 +24,7 @@ def units_of(prompts, rows, samples, real=None):
     tokens, lengths = padded(prompts)
     real = np.ones(len(rows), bool) if real is None else np.asarray(real)
     return pools.Units(tokens, lengths, jnp.asarray(rows), jnp.asarray(100 + rows), jnp.asarray(samples),
-                         jnp.asarray(real))
+                       jnp.asarray(real))
 
 
 def answers(drawn):

@@ -17,7 +17,7 @@ PROMPTS = Prompts(np.array([10, 13, 11, 40, 25, 12]), TOKENS, [str(tokens) for t
 @pytest.mark.parametrize('which', ((0, 1, 2, 3, 4, 5), (4, 1, 3), (2,), ()))
 def test_every_unit_comes_once_example_by_example(which, samples, policies):
     found = units.units(which, samples, policies)
-    assert list(zip(*(part.tolist() for part in found))) == list(
+    assert list(zip(found.index.tolist(), found.samples.tolist(), found.policies.tolist())) == list(
         itertools.product(which, range(samples), range(policies)))
 
 
