@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from qsharp_jax import categorical, decoding, queue, rollout, sharding, units
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.types import Policy
 from tests import tabular
+from tests.processes import run_two
 
 VOCAB, MOST, SEED, ITERATION = 11, 6, 5, 2
 ENDS = (2, 5)
@@ -211,6 +213,27 @@ def test_rows_are_filled_in_place(devices):
     held = [pool.state.reference_cache['tokens'].unsafe_buffer_pointer()] if devices == 1 else []
     pool = decoding.refill(pool, prefilled, stages, orders, task)
     assert not held or held == [pool.state.reference_cache['tokens'].unsafe_buffer_pointer()]
+
+
+TWO = '''
+import numpy as np
+from qsharp_jax import decoding, rollout, sharding
+from tests import test_queue
+assert jax.process_count() == 2 and len(jax.devices()) == 4
+for number, task in enumerate((decoding.Answering(6), rollout.RollingOut(rollout.RolloutConfig(6)))):
+    read = test_queue.queue_of(task, 8, mesh=sharding.make_mesh()).draw(range(4), 3, test_queue.policies()).read
+    np.savez(f'{sys.argv[3]}/{number}_{jax.process_index()}.npz', **read._asdict())
+'''
+
+
+def test_two_processes_draw_the_same(tmp_path):
+    run_two(TWO, tmp_path, devices=2)
+    of = policies()
+    expected = answered(range(4), 3, of), rolled_out(range(4), 3, of, rollout.RolloutConfig(6))
+    for number, names in enumerate((ANSWER, SPLICED)):
+        for process in range(2):
+            with np.load(tmp_path / f'{number}_{process}.npz') as found:
+                assert_same(SimpleNamespace(**found), expected[number], names)
 
 
 def test_a_queue_needs_rows_for_every_device():
