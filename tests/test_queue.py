@@ -145,6 +145,14 @@ def test_answers_of_one_token_and_of_all(ends, most):
     assert_same(drawn.read, rolled_out(range(6), 2, of, config, ends=ends), SPLICED)
 
 
+def test_prompts_that_are_prefilled_together_are_those_of_their_units():
+    of = policies((0.1,))
+    assert units.prefilled_prompts(64, 2, 1) == 4  # of six: the second time two of them twice
+    drawn = queue_of(decoding.Answering(MOST), 64).draw(range(6), 2, of)
+    assert_same(drawn.read, answered(range(6), 2, of), ANSWER)
+    assert drawn.passes == drawn.steps + 3  # what all begin with, and twice four prompts
+
+
 def test_one_unit_alone():
     of = policies((0.1,))
     drawn = queue_of(decoding.Answering(MOST), 4).draw([3], 1, of)
