@@ -163,7 +163,8 @@ class Tried:
             # Beside a prefill the rows lie in memory.
             self.taken[rows] = max(found.prefill.memory.peak + found.caches, found.refill.memory.peak,
                                    found.advance.memory.peak)
-            self.fitting.add(rows)
+            if self.taken[rows] <= self.memory:
+                self.fitting.add(rows)
 
     def next_rows(self, step: int) -> int:
         """Returns the multiple of `step` to try next; one that was tried if there is nothing better, 0 likewise."""

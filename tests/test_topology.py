@@ -15,7 +15,7 @@ from experiments import train as entry
 from qsharp_jax import cli, experiment, fits, programs, references, sharding, topology
 from qsharp_jax.fits import Tried
 from qsharp_jax.models import pretrained, transformer
-from qsharp_jax.programs import Compiled, Memory, TooLarge
+from qsharp_jax.programs import Compiled, Decoding, Memory, TooLarge
 from tests import tiny
 
 MODELS = Path(__file__).resolve().parents[1] / 'configs' / 'models'
@@ -83,7 +83,7 @@ def test_sizes_alone_are_planned_and_never_run(tmp_path: Path) -> None:
     parts = experiment.outline(config, tmp_path / 'run', mesh)
     assert (parts.reference_config.layers, parts.value_shape.layers) == (32, 16)
     sizes = fits.sizes_of(parts)
-    assert (sizes.rows, sizes.prompts, sizes.width, sizes.buffer) == (16, 9, 32, 8)
+    assert (sizes.rows, sizes.prompts, sizes.width, sizes.buffer) == (16, 1, 32, 8)
     assert (sizes.fit_rows, sizes.fit_length, sizes.accumulate) == (8, 48, 1)
     with pytest.raises(ValueError, match='holds no weights: it serves --dry_run --topology only'):
         experiment.outline(config, tmp_path / 'run')
@@ -132,7 +132,7 @@ def test_the_largest_batch_is_found_in_a_few_programs(
         tried.append(sizes.rows)
         needed = 4 * GIBI + sizes.rows * GIBI // 100
         if needed <= 15.75 * GIBI:
-            return program(needed), program(needed - 5)
+            return Decoding(program(needed - GIBI), program(needed - 5), program(needed), GIBI // 2)
         return TooLarge(f'Used {needed / GIBI:.3f}G of 15.75G hbm')
 
     monkeypatch.setattr(fits, 'decoding_programs', compiled)
@@ -150,6 +150,13 @@ def test_where_nothing_fits_nothing_is_found() -> None:
     assert tried.next_rows(8) == 0 and tried.memory == 15.75 * GIBI
 
 
+def test_prompts_are_prefilled_beside_the_rows() -> None:
+    tried = Tried({}, set(), 10.0)
+    tried.add(8, Decoding(program(6), program(1), program(9), caches=5))
+    tried.add(4, Decoding(program(6), program(1), program(9), caches=4))
+    assert tried.taken == {8: 11, 4: 10} and tried.fitting == {4}
+
+
 @pytest.mark.slow
 def test_a_small_model_is_compiled_for_four_chips(
         tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +171,8 @@ def test_a_small_model_is_compiled_for_four_chips(
     entry.main([*tiny.arguments(tmp_path / 'data', tmp_path / 'run', **changes), '--dry_run', '--topology=v5e:2x2'])
     text = capsys.readouterr().out
     assert 'mesh        data=2, fsdp=1, tensor=2' in text and 'reference 5, scanned; value 3, one by one' in text
-    for name in ('prefill', 'decode, 16 rows x 128 slots', 'fit, 8 rows', 'decode step', 'largest batch: '):
+    for name in ('prefill', 'refill, 1 rows', 'decode, 16 rows x 128 slots', 'fit, 8 rows', 'decode step',
+                 'largest batch: '):
         assert name in text
     assert os.environ['TPU_ACCELERATOR_TYPE'] == 'v5litepod-4'
     assert not (tmp_path / 'run').exists()
