@@ -166,10 +166,13 @@ def _agreement(sides: Sides, label: str, rows: int = 4, steps: int = 4) -> Row:
 
 
 def collect(sides: Sides) -> Iterator[Row]:
-    """Roll-ins and roll-outs of very unequal length: one sentence, or line, each."""
-    name = 'collect/batch=16'
+    """Roll-ins and roll-outs of very unequal length: one sentence, or line, each.
+
+    A block has many times as many units as rows, as in a run: at its end rows run empty.
+    """
+    name = 'collect/batch=8'
     if sides.wanted(name):
-        shape = dict(prompts=8, samples=4, batch=16, room=ROOM, layers=8)
+        shape = dict(prompts=16, samples=8, batch=8, room=ROOM, layers=8)
         contenders = {label: Contender(sides.ours, 'collect', {**shape, 'guide': GUIDES[label].message()})
                       for label in ('unguided', 'guided')}
         replies = measure.alternate(contenders, REPEATS)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from benchmarks import workload
 from benchmarks.workload import Guide
-from qsharp_jax import categorical, decoding, guidance, learner, ledger, references, rollout, units
+from qsharp_jax import categorical, decoding, guidance, learner, ledger, references, rollout, sharding
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
 from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches
 from qsharp_jax.data.prompts import Prompts
@@ -26,6 +26,7 @@ from qsharp_jax.models import networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import export
 from qsharp_jax.optimizers import OptimizerConfig
+from qsharp_jax.queue import Queue
 from qsharp_jax.types import Params, Policy, Reference
 
 # Deviation of the random head's logits over the prompts: it guides by hundredths of a nat a token, as a fitted one.
@@ -161,16 +162,10 @@ class Side:
         `compilations` are those of XLA since the call before, at the first call since the process began.
         """
         began, asked = time.perf_counter(), Guide.of(guide)
-        reference, how, params, values = self._networks(layers, 'float32', asked)
-        laid, = self._laid_out(prompts, samples, batch)
-        one = laid.units
-        keys = decoding.unit_keys(_SEED, 0, 'evaluate', one.examples, one.samples)
-        state = decoding.start(reference, how.value, params, values, one.prompts, one.lengths, one.rows, keys,
-                               one.real.astype(np.int32), 1, laid.shared)
-        jax.block_until_ready(decoding.decode(
-            reference, how, params, values, policy_of(asked, batch), state, eos_ids=()))
+        queue = self._queue(prompts, batch, layers, asked, decoding.Answering(1), ())
+        drawn = queue.draw(range(prompts), samples, jax.tree.map(np.asarray, policy_of(asked, 1)))
         compilations, self._compilations = self._compilations, 0
-        return {'seconds': time.perf_counter() - began, 'rows': laid.real, 'compilations': compilations}
+        return {'seconds': time.perf_counter() - began, 'rows': len(drawn.units.index), 'compilations': compilations}
 
     def collect(self, prompts: int, samples: int, batch: int, room: int, layers: int,
                 guide: dict[str, Any]) -> dict[str, float]:
@@ -178,19 +173,12 @@ class Side:
 
         `active` are the row-steps in which a token was drawn, `row_steps` are all.
         """
-        asked, config = Guide.of(guide), rollout.RolloutConfig(room)
-        reference, how, params, values = self._networks(layers, 'float32', asked)
-        active = row_steps = pairs = 0
+        asked, task = Guide.of(guide), rollout.RollingOut(rollout.RolloutConfig(room))
+        queue = self._queue(prompts, batch, layers, asked, task, self._sentence_ends())
         began = time.perf_counter()
-        for number, laid in enumerate(self._laid_out(prompts, samples, batch)):
-            drawn = jax.device_get(rollout.collect(
-                reference, how, params, values, policy_of(asked, batch), laid.units, config, self._sentence_ends(),
-                _SEED, 1 + number, laid.shared))
-            rest = np.where(laid.units.real, drawn.count - drawn.cut - 1, 0)
-            active += int(drawn.roll_in.sum() + rest.sum())
-            row_steps += batch * int(drawn.roll_in.max() + rest.max())
-            pairs += laid.real
-        return {'seconds': time.perf_counter() - began, 'pairs': pairs, 'active': active, 'row_steps': row_steps}
+        drawn = queue.draw(range(prompts), samples, jax.tree.map(np.asarray, policy_of(asked, 1)))
+        return {'seconds': time.perf_counter() - began, 'pairs': len(drawn.units.index), 'active': drawn.written,
+                'row_steps': batch * drawn.steps}
 
     def prepare_fit(self, samples: str, samples_per_row: int, batch: int, layers: int) -> dict[str, int]:
         """Lays out the samples of `workload.fit_samples(samples)`, leaves them for the peer, and starts a fit.
@@ -291,9 +279,11 @@ class Side:
             state = dataclasses.replace(state, value_cache=None)
         return jax.tree.map(jnp.copy, state)
 
-    def _laid_out(self, prompts: int, samples: int, batch: int) -> list[units.UnitBatch]:
+    def _queue(self, prompts: int, batch: int, layers: int, guide: Guide, task: decoding.Task,
+               ends: tuple[int, ...]) -> Queue:
         asked = Prompts(np.arange(prompts), self._prompts(64)[:prompts].tolist(), [''] * prompts, {})
-        return list(units.batches(asked, range(prompts), samples, 1, batch, 64))
+        return Queue(sharding.make_mesh(devices=jax.devices()[:1]), *self._networks(layers, 'float32', guide), ends,
+                     task, asked, batch, _SEED)
 
     @functools.cache
     def _sentence_ends(self) -> tuple[int, ...]:

@@ -35,11 +35,10 @@ def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
         config.task.arithmetic.train_examples = 1800
         config.task.arithmetic.validation_examples = 50
         config.task.arithmetic.test_examples = 100
-        # Blocks are whole batches: padding would cost as much as answers.
         config.collect.examples = 900
         config.collect.samples = 4
         config.collect.cut = 'start'
-        config.collect.block_examples = 75
+        config.collect.block_examples = 300
         config.collect.batch_rows = 150
         # The upper layers learn fastest from what the middle of the network knows of the problem.
         config.value.init = 'truncate'

@@ -165,7 +165,9 @@ def collect() -> ml_collections.ConfigDict:
     # 'fresh': the continuation has sampling.max_new_tokens of its own.
     config.budget = 'total'
     config.drop_no_variation = False  # True: leave out of the fit prompts whose answers all earn the same
-    config.block_examples = 64  # prompts a block; a block is one shard, and what is redone after a kill
+    # Prompts a block; a block is one shard, and what is redone after a kill. At its end rows run empty: thirty answers
+    # or more for each of batch_rows keep them at work.
+    config.block_examples = 256
     config.batch_rows = 64  # answers decoded at once; divisible by the devices of mesh axes data and fsdp
     return config
 

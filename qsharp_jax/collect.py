@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from qsharp_jax import decoding, progress, rollout, sharding, units
+from qsharp_jax import decoding, progress, rollout
 from qsharp_jax.data.dataset import DatasetWriter, Rollout
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.experiment import Experiment, grade
+from qsharp_jax.queue import Drawn, Queue
 from qsharp_jax.types import Params
 
 
@@ -45,50 +46,50 @@ def collect_iteration(experiment: Experiment, iteration: int, value_params: Para
     prompts = experiment.prompts('train')
     which = choose_examples(config, prompts, iteration)
     writer = DatasetWriter(experiment.dataset_dir)
-    sharding.check_divisible(collect.batch_rows, experiment.mesh, 'collect.batch_rows')
     how = decoding.Guidance() if iteration == 1 else experiment.guidance(config.guidance.offset)
     eta = np.inf if iteration == 1 else collect.eta
     meta = {
         'eta': float(eta), 'sampler': dict(config.sampling), 'budget': collect.budget, 'cut': collect.cut,
         'policy': experiment.value_digest(iteration - 1) if iteration > 1 else 'reference',
     }
-    value_params = experiment.decoding_params(value_params)
-    width = units.prompt_width(prompts)
+    policies = experiment.policies([eta], [config.sampling.temperature])
+    queue: Queue | None = None
     blocks = [which[i:i + collect.block_examples] for i in range(0, len(which), collect.block_examples)]
     with progress.bar(f'collect {iteration}/{config.iterations}', total=len(which) * collect.samples,
                       unit='answers') as bar:
         earned: list[float] = []
         for number, block in enumerate(blocks):
-            if not writer.has(iteration, number):
-                drawn = []
-                for batch in units.batches(prompts, block, collect.samples, 1, collect.batch_rows, width):
-                    drawn += _draw(experiment, how, value_params, eta, prompts, batch, iteration)
+            if writer.has(iteration, number):
+                bar.update(len(block) * collect.samples)
+            else:
+                # Made for the first block that is missing: rows and their caches take memory.
+                queue = queue or experiment.queue(
+                    how, experiment.decoding_params(value_params), rollout.RollingOut(experiment.rollout), prompts,
+                    collect.batch_rows, config.seed, iteration)
+                drawn = queue.draw(block, collect.samples, policies,
+                                   lambda count, occupancy: bar.update(count, occupancy=occupancy))
                 # Kept before it is graded: a reward that raises costs no answer.
-                writer.write_shard(iteration, number, drawn, meta)
+                writer.write_shard(iteration, number, _rollouts(prompts, drawn, iteration),
+                                   {**meta, 'occupancy': drawn.occupancy})
             if (iteration, number) in writer.unlabelled(experiment.reward.digest, iteration):
                 labels = label(experiment, prompts, writer.read_shard(iteration, number))
                 writer.write_labels(iteration, number, experiment.reward.digest, labels)
                 earned += labels[~np.isnan(labels)].tolist()
-            bar.update(len(block) * collect.samples, **({'reward': float(np.mean(earned))} if earned else {}))
+            if earned:
+                bar.update(0, reward=float(np.mean(earned)))
     return len(which) * collect.samples
 
 
-def _draw(experiment: Experiment, how: decoding.Guidance, value_params: Params, eta: float, prompts: Prompts,
-          batch: units.UnitBatch, iteration: int) -> list[Rollout]:
-    """Returns the spliced answers of one batch, padding left out."""
-    config = experiment.config
-    rows = len(batch.policies)
-    policy = experiment.policy(np.full(rows, eta), np.full(rows, config.sampling.temperature))
-    drawn = sharding.to_host(rollout.collect(
-        experiment.reference, how, experiment.reference_params, value_params, policy,
-        experiment.place_units(batch.units), experiment.rollout, experiment.eos_ids, config.seed, iteration,
-        batch.shared))
+def _rollouts(prompts: Prompts, drawn: Drawn, iteration: int) -> list[Rollout]:
+    """Returns the spliced answers of a block, in the order of their units."""
+    units, read = drawn.units, drawn.read
     return [
         Rollout(
-            iteration=iteration, example=int(prompts.ids[batch.index[i]]), sample=int(batch.units.samples[i]),
-            prompt=np.asarray(prompts.tokens[batch.index[i]], np.int32), answer=drawn.tokens[i, :drawn.count[i]],
-            cut=int(drawn.cut[i]), ended=bool(drawn.ended[i]), truncated=not bool(drawn.ended[i]))
-        for i in range(batch.real)
+            iteration=iteration, example=int(prompts.ids[index]), sample=int(sample),
+            prompt=np.asarray(prompts.tokens[index], np.int32), answer=tokens[:count], cut=int(cut),
+            ended=bool(ended), truncated=not ended)
+        for index, sample, tokens, count, cut, ended in zip(
+            units.index, units.samples, read.tokens, read.count, read.cut, read.ended, strict=True)
     ]
 
 

@@ -6,7 +6,7 @@ paired. Finished blocks of questions are kept on disk: a run that was killed goe
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
 import json
@@ -15,18 +15,19 @@ from pathlib import Path
 import time
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import decoding, estimators, ledger, progress, sharding, units
+from qsharp_jax import decoding, estimators, ledger, progress
+from qsharp_jax import units as units_lib
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.experiment import Experiment, grade
 from qsharp_jax.metrics import replace_text
-from qsharp_jax.types import Params, Policy
+from qsharp_jax.queue import Drawn, Queue
+from qsharp_jax.types import Params
 
 Row = dict[str, Any]
 
-_FORMAT = 2  # of the blocks' rows
+_FORMAT = 3  # of the blocks' rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,8 @@ def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int] | 
                            [int(i) for i in which], experiment.value_digest(iteration)], default=str)
     directory = experiment.workdir / 'samples' / split / f'{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}'
     directory.mkdir(parents=True, exist_ok=True)
-    width = units.prompt_width(prompts)
-    value_params = experiment.decoding_params(value_params)
+    how = experiment.guidance(method) if policies[0].guided else decoding.Guidance()
+    queue: Queue | None = None
     rows: list[Row] = []
     total = len(which) * samples * len(policies)
     with progress.bar(f'evaluate {name.replace("_", " ")} on {split}', total=total, unit='answers') as bar:
@@ -91,14 +92,18 @@ def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int] | 
             chosen = which[first:first + block_examples]
             if path.exists():
                 done = _read_block(experiment, prompts, path)
+                bar.update(len(done))
             else:
-                done = []
-                for batch in units.batches(prompts, chosen, samples, len(policies), batch_rows, width):
-                    done += _answer(experiment, prompts, policies, value_params, split, batch)
+                # Made for the first block that is missing: rows and their caches take memory.
+                queue = queue or experiment.queue(
+                    how, experiment.decoding_params(value_params),
+                    decoding.Answering(experiment.config.sampling.max_new_tokens), prompts, batch_rows,
+                    experiment.config.seed)
+                done = _answer(experiment, prompts, policies, split, queue, chosen, samples,
+                               lambda count, occupancy: bar.update(count, occupancy=occupancy))
                 done.sort(key=lambda row: (row['policy'], row['id'], row['sample']))
                 _write(path, done)
             rows += done
-            bar.update(len(done))
     return rows
 
 
@@ -128,72 +133,43 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluated], value_params: Params, split: str,
-            batch: units.UnitBatch) -> list[Row]:
-    """Returns the graded rows of one batch."""
+def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluated], split: str, queue: Queue,
+            which: Sequence[int] | np.ndarray, samples: int, ended: Callable[[int, float], None]) -> list[Row]:
+    """Returns the graded rows of one block."""
     began = time.perf_counter()
-    config = experiment.config
-    policy = experiment.policy(
-        eta=np.array([p.eta for p in policies])[batch.policies],
-        temperature=np.array([p.temperature for p in policies])[batch.policies])
-    how = experiment.guidance(policies[0].method) if policies[0].guided else decoding.Guidance()
-    state = write_answers(experiment, how, value_params, policy, batch, seed=config.seed)
-    tokens, count, ended, kl, values, value_tokens = sharding.to_host(
-        (state.tokens, state.count, state.ended, state.kl, state.values, state.value_tokens))
-    work = _work(experiment, policies[0].guided, batch, count[:batch.real], value_tokens[:batch.real])
-    answers = [tokens[i, :count[i]] for i in range(batch.real)]
+    drawn = queue.draw(
+        which, samples, experiment.policies([p.eta for p in policies], [p.temperature for p in policies]), ended)
+    units, read = drawn.units, drawn.read
+    work = _work(experiment, prompts, policies[0].guided, drawn)
+    answers = [tokens[:count] for tokens, count in zip(read.tokens, read.count)]
     texts = [experiment.answer_text(answer) for answer in answers]
-    rewards = grade(experiment, prompts, batch.index[:batch.real], texts)
-    seconds = (time.perf_counter() - began) / batch.real
+    rewards = grade(experiment, prompts, units.index, texts)
+    seconds = (time.perf_counter() - began) / len(answers)
     rows = []
     for i, answer in enumerate(answers):
-        evaluated = policies[batch.policies[i]]
-        value = values[i, :count[i]]
         rows.append({
-            'policy': int(batch.policies[i]), **evaluated.key, 'split': split,
-            'id': int(prompts.ids[batch.index[i]]), 'sample': int(batch.units.samples[i]),
-            'prompt': prompts.texts[batch.index[i]], 'text': texts[i], 'tokens': [int(t) for t in answer],
+            'policy': int(units.policies[i]), **policies[units.policies[i]].key, 'split': split,
+            'id': int(prompts.ids[units.index[i]]), 'sample': int(units.samples[i]),
+            'prompt': prompts.texts[units.index[i]], 'text': texts[i], 'tokens': [int(t) for t in answer],
             'answer_tokens': experiment.tokenizer.pieces(answer),
-            'values': [_number(v) for v in value],
+            'values': [_number(v) for v in read.values[i, :read.count[i]]],
             'reward': _number(rewards[i]), 'reward_digest': experiment.reward.digest,
-            'kl': float(kl[i]), 'truncated': not bool(ended[i]), 'seconds': seconds,
-            **{name: float(amounts[i]) for name, amounts in work._asdict().items()},
+            'kl': float(read.kl[i]), 'truncated': not read.ended[i], 'seconds': seconds,
+            'occupancy': drawn.occupancy, **{name: float(amounts[i]) for name, amounts in work._asdict().items()},
         })
     return rows
 
 
-def _work(experiment: Experiment, guided: bool, batch: units.UnitBatch, count: np.ndarray,
-          value_tokens: np.ndarray) -> ledger.Work:
-    """Returns what each real answer of a batch took.
-
-    Args:
-      experiment: the run.
-      guided: whether a value network was asked.
-      batch: what was answered.
-      count: tokens of each answer.  # [real]
-      value_tokens: tokens that the value network was given for it.  # [real]
-    """
-    rows = np.asarray(batch.units.rows)[:batch.real]
-    prompts = np.asarray(batch.units.lengths)[rows]
+def _work(experiment: Experiment, prompts: Prompts, guided: bool, drawn: Drawn) -> ledger.Work:
+    """Returns what each answer of a block took; `guided`: a value network was asked."""
+    index, read = drawn.units.index, drawn.read
+    lengths = np.array([len(prompts.tokens[one]) for one in index])
     value = ledger.value_cost(
         experiment.value_shape, experiment.value_config, experiment.config.guidance.candidates) if guided else None
     return ledger.of_answers(
-        ledger.reference_cost(experiment.reference_config), value, prompts=prompts,
-        prefilled=ledger.prefilled_shares(prompts, rows, batch.shared), made=count, value_made=value_tokens)
-
-
-def write_answers(experiment: Experiment, how: decoding.Guidance, value_params: Params, policy: Policy,
-                  batch: units.UnitBatch, seed: int) -> decoding.DecodeState:
-    """Returns the finished state of one whole answer per unit, decoded on the experiment's mesh."""
-    drawn = experiment.place_units(batch.units)
-    keys = decoding.unit_keys(seed, 0, 'evaluate', drawn.examples, drawn.samples)
-    length = experiment.config.sampling.max_new_tokens
-    limit = jnp.where(drawn.real, length, 0).astype(jnp.int32)
-    state = decoding.start(
-        experiment.reference, how.value, experiment.reference_params, value_params, drawn.prompts, drawn.lengths,
-        drawn.rows, keys, limit, length, batch.shared)
-    return decoding.decode(experiment.reference, how, experiment.reference_params, value_params, policy, state,
-                           experiment.eos_ids)
+        ledger.reference_cost(experiment.reference_config), value, prompts=lengths,
+        prefilled=ledger.prefilled_shares(lengths, index, units_lib.shared_prefix(prompts)), made=read.count,
+        value_made=read.value_tokens, passes=drawn.passes)
 
 
 def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float) -> Row:
@@ -228,6 +204,7 @@ def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float) -> Row:
         'truncated': float(np.mean([row['truncated'] for row in rows])),
         'abstained': float(np.mean([row['reward'] is None for row in rows])),
         'tokens_per_answer': float(np.mean([len(row['tokens']) for row in rows])),
+        'occupancy': float(np.mean([row['occupancy'] for row in rows])),
         'n_examples': int(rewards.shape[0]), 'n_samples': int(rewards.shape[1]),
         'seconds': float(sum(row['seconds'] for row in rows)), **_costs(rows, int(np.sum(rewards >= v_max))),
     }

@@ -21,7 +21,8 @@ from qsharp_jax.data import tokenizer_pairs, tokenizers
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.models import networks, transformer
 from qsharp_jax.models import value as value_lib
-from qsharp_jax.rollout import RolloutConfig, Units
+from qsharp_jax.queue import Queue
+from qsharp_jax.rollout import RolloutConfig
 from qsharp_jax.types import Params, Policy, Reference, Value
 
 _CANARIES = 4
@@ -82,25 +83,23 @@ class Experiment:
             value=self.value, distribution=self.distribution, candidates=guidance.candidates,
             outside=guidance.outside, order=guidance.order, offset=offset)
 
-    def policy(self, eta: np.ndarray, temperature: np.ndarray) -> Policy:
-        """Returns the policy of each row on the mesh, with the sampler's top-k and top-p.  # [B], [B]
+    def policies(self, eta: Sequence[float], temperature: Sequence[float]) -> Policy:
+        """Returns policies, on the host, with the sampler's top-k and top-p.  # [M], [M] -> [M] each
 
         KL is measured to the reference at the sampler's temperature, or at 1 if that is 0: a greedy choice is no
         distribution to compare with.
         """
-        rows = len(eta)
-        base = self.config.sampling.temperature or 1.0
-        return sharding.shard_batch(self.mesh, Policy(
+        count, sampling = len(eta), self.config.sampling
+        return Policy(
             eta=np.asarray(eta, np.float32), temperature=np.asarray(temperature, np.float32),
-            top_k=np.full(rows, self.config.sampling.top_k, np.int32),
-            top_p=np.full(rows, self.config.sampling.top_p, np.float32),
-            reference_temperature=np.full(rows, base, np.float32)))
+            top_k=np.full(count, sampling.top_k, np.int32), top_p=np.full(count, sampling.top_p, np.float32),
+            reference_temperature=np.full(count, sampling.temperature or 1.0, np.float32))
 
-    def place_units(self, units: Units) -> Units:
-        """Returns the units on the mesh: rows split over its batch axes, the distinct prompts on every device."""
-        shared = sharding.replicate(self.mesh, (units.prompts, units.lengths))
-        rows = sharding.shard_batch(self.mesh, (units.rows, units.examples, units.samples, units.real))
-        return Units(*shared, *rows)
+    def queue(self, how: decoding.Guidance, value_params: Params, task: decoding.Task, prompts: Prompts, rows: int,
+              seed: int, iteration: int = 0) -> Queue:
+        """Returns the queue that draws units of these prompts; `value_params` from `decoding_params`, or None."""
+        return Queue(self.mesh, self.reference, how, self.reference_params, value_params, self.eos_ids, task, prompts,
+                     rows, seed, iteration)
 
     def answer_text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Returns the text of an answer without the token that ended it."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 import dataclasses
 import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import describe, programs, sharding
+from qsharp_jax import describe, programs, queue, sharding, units
 from qsharp_jax.data import packing
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.models import value as value_lib
-from qsharp_jax.programs import Compiled, Sizes, TooLarge
+from qsharp_jax.programs import Compiled, Decoding, Sizes, TooLarge
 from qsharp_jax.topology import Topology
 
 _GIBI = 2 ** 30
@@ -48,7 +46,8 @@ def report(parts: Experiment, topology: Topology) -> Iterator[str]:
     sizes = sizes_of(parts)
     reference, value = parts.reference_config, value_lib.trunk_config(parts.value_config, parts.value_shape)
     memory = topology.generation.memory / topology.generation.cores
-    held, trained = _bytes(programs.reference_params(parts)), _bytes(parts.value_target)
+    held = programs.bytes_per_device(programs.reference_params(parts))
+    trained = programs.bytes_per_device(parts.value_target)
     yield (f'topology    {topology.name}: {parts.mesh.size} devices, each with {memory / _GIBI:g} GiB, '
            f'{topology.flops / 1e12:g} TFLOP/s (bfloat16) and {topology.bandwidth / 1e9:g} GB/s')
     yield 'mesh        ' + ', '.join(f'{axis}={size}' for axis, size in parts.mesh.shape.items())
@@ -63,15 +62,14 @@ def report(parts: Experiment, topology: Topology) -> Iterator[str]:
     if isinstance(first, TooLarge):
         yield _refused(name, first)
     else:
-        start, decode = first
-        yield _row(f'prefill, {sizes.prompts} prompts x {sizes.width} tokens', start, 0)
-        yield _row(name, decode, _caches(start))
-        work += [('prefill', start.program.run(), start, start.memory.outputs),
-                 ('decode step', decode.program.step(), decode, 0)]
-        start = programs.compile_(lambda: programs.prefill(parts, sizes, guided=False))
-        decode = programs.compile_(lambda: programs.decode(parts, sizes, start, guided=False))
-        yield _row('the same by the reference alone', decode, _caches(start))
-        work.append(('decode step by the reference alone', decode.program.step(), decode, 0))
+        yield _row(f'prefill, {sizes.prompts} prompts x {sizes.width} tokens', first.prefill, 0)
+        yield _row(f'refill, {queue.turnover(sizes.rows)} rows', first.refill, first.caches)
+        yield _row(name, first.advance, first.caches)
+        work += [('prefill', first.prefill.program.run(), first.prefill, first.prefill.memory.outputs),
+                 ('decode step', first.advance.program.step(), first.advance, 0)]
+        alone = programs.decoding_programs(parts, sizes, guided=False)
+        yield _row('the same by the reference alone', alone.advance, alone.caches)
+        work.append(('decode step by the reference alone', alone.advance.program.step(), alone.advance, 0))
     name = f'fit, {sizes.fit_rows} rows x {sizes.fit_length} tokens in {sizes.accumulate} part(s)'
     try:
         fitted = programs.compile_(lambda: programs.update(parts, sizes))
@@ -103,27 +101,26 @@ def sizes_of(parts: Experiment) -> Sizes:
     most = np.full((config.fit.batch_size, 1), width + config.fit.samples_per_row * buffer)
     fit_rows, fit_length = packing.lay_out(
         most, 0, packing.ROUND_TO, sharding.batch_shards(parts.mesh) * config.fit.accumulate)
-    return Sizes(rows=rows, prompts=prompts_among(parts, rows), width=width, buffer=buffer,
+    return Sizes(rows=rows, prompts=prefilled_prompts(parts, rows), width=width, buffer=buffer,
                  fit_rows=len(fit_rows), fit_length=fit_length, accumulate=config.fit.accumulate)
 
 
-def prompts_among(parts: Experiment, rows: int) -> int:
-    """Returns how many distinct prompts a batch of collected answers has, as `units.batches` lays them out."""
-    return math.ceil(rows / parts.config.collect.samples) + 1
+def prefilled_prompts(parts: Experiment, rows: int) -> int:
+    """Returns how many prompts of collected answers are prefilled together."""
+    return units.prefilled_prompts(rows, parts.config.collect.samples, sharding.batch_shards(parts.mesh))
 
 
-def decoding_programs(parts: Experiment, sizes: Sizes) -> tuple[Compiled, Compiled] | TooLarge:
-    """Returns prefill and decode; or why one of them cannot be."""
+def decoding_programs(parts: Experiment, sizes: Sizes) -> Decoding | TooLarge:
+    """Returns the programs of guided answers; or why one of them cannot be."""
     try:
-        start = programs.compile_(lambda: programs.prefill(parts, sizes))
-        return start, programs.compile_(lambda: programs.decode(parts, sizes, start))
+        return programs.decoding_programs(parts, sizes)
     except TooLarge as error:
         return error
 
 
 def largest_batch(parts: Experiment, sizes: Sizes, memory: float,
-                  found: tuple[Compiled, Compiled] | TooLarge) -> int:
-    """Returns the most rows for which prefill and decode were compiled within memory; 0 if there are none.
+                  found: Decoding | TooLarge) -> int:
+    """Returns the most rows for which the programs of answers were compiled within memory; 0 if there are none.
 
     Memory grows in proportion to rows, so a few programs lead to it.
 
@@ -137,7 +134,8 @@ def largest_batch(parts: Experiment, sizes: Sizes, memory: float,
     rows, tried = sizes.rows, Tried({}, set(), memory)
     for attempt in range(_ATTEMPTS):
         if attempt:
-            found = decoding_programs(parts, dataclasses.replace(sizes, rows=rows, prompts=prompts_among(parts, rows)))
+            more = dataclasses.replace(sizes, rows=rows, prompts=prefilled_prompts(parts, rows))
+            found = decoding_programs(parts, more)
         tried.add(rows, found)
         guess = tried.next_rows(step)
         if guess in tried.taken or guess == 0:
@@ -160,14 +158,17 @@ class Tried:
     fitting: set[int]
     memory: float
 
-    def add(self, rows: int, found: tuple[Compiled, Compiled] | TooLarge) -> None:
+    def add(self, rows: int, found: Decoding | TooLarge) -> None:
         """Notes what became of the programs for so many rows."""
         if isinstance(found, TooLarge):
             self.taken[rows] = found.needed
             self.memory = self.memory if math.isnan(found.available) else found.available
         else:
-            self.taken[rows] = max(program.memory.peak for program in found)
-            self.fitting.add(rows)
+            # Beside a prefill the rows lie in memory.
+            self.taken[rows] = max(found.prefill.memory.peak + found.caches, found.refill.memory.peak,
+                                   found.advance.memory.peak)
+            if self.taken[rows] <= self.memory:
+                self.fitting.add(rows)
 
     def next_rows(self, step: int) -> int:
         """Returns the multiple of `step` to try next; one that was tried if there is nothing better, 0 likewise."""
@@ -183,21 +184,6 @@ class Tried:
         if too_many is not None and guess >= too_many:
             guess = (most + too_many) // 2 // step * step
         return max(guess, most)
-
-
-def _caches(start: Compiled) -> int:
-    """Returns the memory of the caches that `start` leaves on one device."""
-    def of(state: Any) -> object:
-        return state.reference_cache, state.value_cache
-
-    found = start.executable
-    return _bytes(sharding.abstract(of(found.out_info), of(found.output_shardings)))
-
-
-def _bytes(tree: object) -> int:
-    """Returns the memory of jax.ShapeDtypeStructs with shardings on one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(tree))
 
 
 def _how(scanned: bool) -> str:

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import math
 from pathlib import Path
 
-import numpy as np
-
-from qsharp_jax import decoding, evaluate, experiment, sharding, train, units
+from qsharp_jax import decoding, experiment, sharding, train
 from qsharp_jax.data import prompts as prompts_lib
 
 
@@ -47,15 +45,13 @@ def run(workdir: Path, questions: Sequence[str], eta: float | None = None, itera
                          f'{task.max_prompt_tokens} tokens: shorten it.')
     experiment.check_prompts(parts, prompts)
     how = parts.guidance(config.guidance.offset) if math.isfinite(eta) else decoding.Guidance()
-    # Nothing is compared here, so a batch is as small as the devices allow.
+    # Nothing is compared here, so there are as few rows as the devices allow.
     rows = min(sharding.pad_rows(len(prompts) * samples, parts.mesh), config.eval.batch_rows)
-    policy = parts.policy(np.full(rows, eta), np.full(rows, config.sampling.temperature))
+    queue = parts.queue(how, values, decoding.Answering(config.sampling.max_new_tokens), prompts, rows, seed)
+    drawn = queue.draw(range(len(prompts)), samples, parts.policies([eta], [config.sampling.temperature]))
     answers: list[list[str]] = [[] for _ in questions]
-    for batch in units.batches(prompts, range(len(prompts)), samples, 1, rows, units.prompt_width(prompts)):
-        state = evaluate.write_answers(parts, how, values, policy, batch, seed)
-        tokens, count = sharding.to_host((state.tokens, state.count))
-        for row in range(batch.real):
-            answers[batch.index[row]].append(parts.answer_text(tokens[row, :count[row]]))
+    for index, tokens, count in zip(drawn.units.index, drawn.read.tokens, drawn.read.count, strict=True):
+        answers[index].append(parts.answer_text(tokens[:count]))
     for question, texts in zip(questions, answers, strict=True):
         for text in texts:
             print(f'{question} {text}' if not raw else f'{question}{text}')

@@ -94,8 +94,8 @@ def value_cost(config: TransformerConfig, value_config: ValueConfig, candidates:
 
 
 def of_answers(reference: NetworkCost, value: NetworkCost | None, *, prompts: np.ndarray, prefilled: np.ndarray,
-               made: np.ndarray, value_made: np.ndarray) -> Work:
-    """Returns the work of the answers of one batch, which are decoded together.
+               made: np.ndarray, value_made: np.ndarray, passes: int) -> Work:
+    """Returns the work of answers that are decoded together.
 
     Args:
       reference: from `reference_cost`.
@@ -104,11 +104,11 @@ def of_answers(reference: NetworkCost, value: NetworkCost | None, *, prompts: np
       prefilled: its share of what was prefilled, in tokens.  # [B]
       made: tokens of each answer.  # [B]
       value_made: tokens that went through the value network while it was written.  # [B]
+      passes: that read the parameters: steps and prefills, of all the answers.
     """
     keys = prompts + (made - 1) / 2  # that the average token of the answer sees
     value_made = value_made if value is not None else np.zeros_like(made)
     flops, moved = np.zeros(len(made)), np.zeros(len(made))
-    passes = 1 + made.max(initial=0)  # the prefill, and one a token
     for network, tokens in ((reference, made), (value, value_made)):
         if network is not None:
             flops += network.flops(prefilled, prompts / 2, 0) + network.flops(tokens, keys, tokens)
@@ -118,7 +118,7 @@ def of_answers(reference: NetworkCost, value: NetworkCost | None, *, prompts: np
 
 
 def prefilled_shares(prompts: np.ndarray, rows: np.ndarray, shared: int) -> np.ndarray:
-    """Returns each answer's share of the tokens that are prefilled for a batch.  # [B]
+    """Returns each answer's share of the tokens that are prefilled for all of them.  # [B]
 
     What all prompts begin with is prefilled once, the rest of a prompt once for all of its answers, and its last token
     goes in with the first step.

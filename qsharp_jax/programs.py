@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax import decoding, fit, hlo, learner, sharding
+from qsharp_jax import decoding, fit, hlo, learner, queue, rollout, sharding
 from qsharp_jax.data.packing import FitBatch
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.models import transformer
@@ -29,7 +29,7 @@ class Sizes:
 
     Attributes:
       rows: answers decoded together, B.
-      prompts: distinct prompts among them, U.
+      prompts: that are prefilled together.
       width: tokens of the longest prompt, P.
       buffer: tokens of the longest answer, T.
       fit_rows: rows of a gradient step, over all its parts.
@@ -127,30 +127,61 @@ def compile_(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
     return Compiled(memory, time.perf_counter() - began, executable)
 
 
-def prefill(parts: Experiment, sizes: Sizes, guided: bool = True) -> jax.stages.Lowered:
-    """Returns `decoding.start`: the prompts through both networks, and a cache of its own for each row."""
-    mesh, split = parts.mesh, sharding.batch_sharding(parts.mesh)
-    whole = sharding.replicated(mesh)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), sizes.rows))
-    return decoding.start.lower(
-        parts.reference, parts.value if guided else None, reference_params(parts),
-        parts.decoding_target if guided else None,
-        _array((sizes.prompts, sizes.width), jnp.int32, whole), _array((sizes.prompts,), jnp.int32, whole),
-        _array((sizes.rows,), jnp.int32, split), _array(keys.shape, keys.dtype, split),
-        _array((sizes.rows,), jnp.int32, split), buffer=sizes.buffer)
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """The programs of a queue of collected answers.
+
+    Attributes:
+      prefill: `decoding.prefill`, of the prompts from which rows are filled.
+      refill: `decoding.refill`, which puts one into some rows' caches.
+      advance: `decoding.advance`, the loop over steps.
+      caches: bytes of the rows' caches on one device.
+    """
+
+    prefill: Compiled
+    refill: Compiled
+    advance: Compiled
+    caches: int
 
 
-def decode(parts: Experiment, sizes: Sizes, start: Compiled, guided: bool = True) -> jax.stages.Lowered:
-    """Returns `decoding.decode`, the loop over steps, from the state that `start` leaves."""
-    split = sharding.batch_sharding(parts.mesh)
-    rows = _array((sizes.rows,), jnp.float32, split)
-    policy = Policy(eta=rows, temperature=rows, top_k=_array((sizes.rows,), jnp.int32, split), top_p=rows,
-                    reference_temperature=rows)
-    state = sharding.abstract(start.executable.out_info, start.executable.output_shardings)
+def decoding_programs(parts: Experiment, sizes: Sizes, guided: bool = True) -> Decoding:
+    """Returns the programs that answers are collected with, compiled.
+
+    Raises:
+      TooLarge: one of them does not fit.
+    """
+    split, whole = sharding.batch_sharding(parts.mesh), sharding.replicated(parts.mesh)
+    task = rollout.RollingOut(parts.rollout)
     how = parts.guidance(parts.config.guidance.offset) if guided else decoding.Guidance()
-    return decoding.decode.lower(
-        parts.reference, how, reference_params(parts), parts.decoding_target if guided else None, policy, state,
-        eos_ids=parts.eos_ids)
+    networks = parts.reference, how.value, reference_params(parts), parts.decoding_target if guided else None
+    vacant = compile_(lambda: decoding.vacant.lower(
+        *networks, task, sizes.width + sizes.buffer, _array((sizes.rows,), jnp.int32, split)))
+    pool = _results(vacant)
+    prefill = compile_(lambda: decoding.prefill.lower(
+        *networks, None, _array((sizes.prompts, sizes.width), jnp.int32, split),
+        _array((sizes.prompts,), jnp.int32, split), 0))
+    keys = jax.eval_shape(lambda: jax.random.key_data(decoding.stage_keys(0, 0)))
+    numbers, some = (_array((queue.turnover(sizes.rows),), kind, whole) for kind in (jnp.int32, jnp.float32))
+    orders = decoding.Orders(
+        rows=numbers, sources=numbers, examples=numbers, samples=numbers,
+        policy=Policy(eta=some, temperature=some, top_k=numbers, top_p=some, reference_temperature=some))
+    refill = compile_(lambda: decoding.refill.lower(
+        pool, _results(prefill), _array(keys.shape, keys.dtype, whole), orders, task))
+    advance = compile_(lambda: decoding.advance.lower(
+        parts.reference, how, *networks[2:], pool, parts.eos_ids, task, _array((), jnp.int32, whole)))
+    caches = bytes_per_device((pool.state.reference_cache, pool.state.value_cache))
+    return Decoding(prefill, refill, advance, caches)
+
+
+def _results(compiled: Compiled) -> Any:
+    """Returns the results of a program as jax.ShapeDtypeStructs with shardings."""
+    return sharding.abstract(compiled.executable.out_info, compiled.executable.output_shardings)
+
+
+def bytes_per_device(tree: object) -> int:
+    """Returns the memory of jax.ShapeDtypeStructs with shardings on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(tree))
 
 
 def update(parts: Experiment, sizes: Sizes) -> jax.stages.Lowered:

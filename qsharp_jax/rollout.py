@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 
 from qsharp_jax import decoding
-from qsharp_jax.types import Array, Params, Policy, Reference
+from qsharp_jax.types import Array
 
 CUTS = ('uniform', 'start')
 BUDGETS = ('total', 'fresh')
@@ -53,26 +54,6 @@ class RolloutConfig:
             1 if self.budget == 'fresh' and self.cut == 'start' else 0)
 
 
-class Units(NamedTuple):
-    """A batch of units to draw; a row with `real` False is padding and stays empty.
-
-    Attributes:
-      prompts: distinct prompts, right-padded.  # [U, P] int32
-      lengths: their lengths.  # [U] int32
-      rows: which prompt each unit answers.  # [B] int32
-      examples: ids of the prompts, for the noise.  # [B] int32
-      samples: number of the unit among those of its example.  # [B] int32
-      real: False for padding.  # [B] bool
-    """
-
-    prompts: Array
-    lengths: Array
-    rows: Array
-    examples: Array
-    samples: Array
-    real: Array
-
-
 class Rollouts(NamedTuple):
     """Spliced answers.
 
@@ -96,46 +77,75 @@ def draw_cuts(keys: Array, lengths: Array) -> Array:
     return jax.vmap(lambda key, n: jax.random.randint(key, (), 0, jnp.maximum(n, 1)))(keys, lengths)
 
 
-def collect(reference: Reference, how: decoding.Guidance, reference_params: Params, value_params: Params,
-            policy: Policy, units: Units, config: RolloutConfig, eos_ids: tuple[int, ...], seed: int,
-            iteration: int, shared: int = 0) -> Rollouts:
-    """Returns one spliced answer per unit.
+@struct.dataclass
+class Plan:
+    """What is noted of each row.
 
-    Args:
-      reference: π_ref.
-      how: guidance of the roll-in; `Guidance()` rolls in with the reference.
-      reference_params: of the reference.
-      value_params: of the value network.
-      policy: of the roll-in, per row; the roll-out has its sampler without its eta.
-      units: what to draw.
-      config: cut and budget.
-      eos_ids: tokens that end an answer.
-      seed: of the run.
-      iteration: outer iteration, part of the noise's address.
-      shared: number of leading tokens that are the same in every prompt.
+    Attributes:
+      rolls_in: whether its roll-in is still being written.  # [B] bool
+      cut_key: noise of its cut.  # [B] keys
+      key: noise of its roll-out.  # [B] keys
+      cut: as in `Rollouts`, once it is drawn.  # [B] int32
+      roll_in: likewise.  # [B] int32
     """
 
-    def keys(stage: str) -> Array:
-        return decoding.unit_keys(seed, iteration, stage, units.examples, units.samples)
+    rolls_in: Array
+    cut_key: Array
+    key: Array
+    cut: Array
+    roll_in: Array
 
-    most = jnp.where(units.real, config.max_new_tokens, 0).astype(jnp.int32)
-    first = most if config.cut == 'uniform' else jnp.minimum(most, 1)
-    state = decoding.start(
-        reference, how.value, reference_params, value_params, units.prompts, units.lengths, units.rows,
-        keys('roll_in'), first, config.buffer, shared)
-    state = decoding.decode(reference, how, reference_params, value_params, policy, state, eos_ids)
 
-    roll_in = state.count + 0  # a copy: the state is given up below
-    cut = draw_cuts(keys('cut'), roll_in) if config.cut == 'uniform' else jnp.zeros_like(roll_in)
-    kept = jnp.where(units.real, cut + 1, 0)
-    if config.budget == 'total':
-        limit = most
-    else:
-        # As in the official collection, a cut at the very end leaves the roll-in as it is.
-        whole = (kept == roll_in) & (config.cut == 'uniform')
-        limit = jnp.where(whole, kept, kept + most)
-    state = decoding.rewind(state, kept, limit, keys('roll_out'), eos_ids)
-    # The reference finishes alone: without the value cache no value forward runs.
-    state = decoding.decode(
-        reference, decoding.Guidance(), reference_params, None, policy, state.replace(value_cache=None), eos_ids)
-    return Rollouts(tokens=state.tokens, count=state.count, cut=cut, ended=state.ended, roll_in=roll_in)
+@dataclasses.dataclass(frozen=True)
+class RollingOut:
+    """The task of drawing spliced answers; see `decoding.Task`.
+
+    A row goes from its roll-in straight on to its roll-out, beside rows that still roll in: rewinding it to the cut is
+    setting its length, and with eta = inf its policy is the reference bit for bit.
+
+    Attributes:
+      config: cut and budget.
+    """
+
+    config: RolloutConfig
+
+    @property
+    def buffer(self) -> int:
+        """The longest answer, in tokens."""
+        return self.config.buffer
+
+    def begin(self, stages: Array, examples: Array, samples: Array) -> tuple[Array, Array, Plan]:
+        """Returns keys, limits and plan of roll-ins."""
+        def keys(stage: str) -> Array:
+            return decoding.keys_of(stages, stage, examples, samples)
+
+        most = self.config.max_new_tokens if self.config.cut == 'uniform' else 1
+        none = jnp.zeros(examples.shape, jnp.int32)
+        plan = Plan(rolls_in=jnp.ones(examples.shape, bool), cut_key=keys('cut'), key=keys('roll_out'), cut=none,
+                    roll_in=none)
+        return keys('roll_in'), jnp.full(examples.shape, most, jnp.int32), plan
+
+    def turn(self, pool: decoding.Pool, eos_ids: tuple[int, ...]) -> decoding.Pool:
+        """Returns the pool with the rows whose roll-in has ended at the beginning of their roll-out."""
+        config, state, plan = self.config, pool.state, pool.plan
+        over = plan.rolls_in & ~state.active
+        cut = draw_cuts(plan.cut_key, state.count) if config.cut == 'uniform' else jnp.zeros_like(state.count)
+        limit = jnp.full_like(state.limit, config.max_new_tokens)
+        if config.budget == 'fresh':
+            # As in the official collection, a cut at the very end leaves the roll-in as it is.
+            whole = (cut + 1 == state.count) & (config.cut == 'uniform')
+            limit = cut + 1 + jnp.where(whole, 0, limit)
+        rewound = decoding.rewind(
+            state, jnp.where(over, cut + 1, state.count), jnp.where(over, limit, state.limit),
+            jnp.where(over, plan.key, state.keys), eos_ids)
+        return decoding.Pool(
+            state=rewound,
+            policy=dataclasses.replace(pool.policy, eta=jnp.where(over, jnp.inf, pool.policy.eta)),
+            plan=dataclasses.replace(
+                plan, rolls_in=plan.rolls_in & ~over, cut=jnp.where(over, cut, plan.cut),
+                roll_in=jnp.where(over, state.count, plan.roll_in)))
+
+    def read(self, pool: decoding.Pool) -> Rollouts:
+        """Returns the spliced answers."""
+        state, plan = pool.state, pool.plan
+        return Rollouts(tokens=state.tokens, count=state.count, cut=plan.cut, ended=state.ended, roll_in=plan.roll_in)

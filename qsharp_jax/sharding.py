@@ -265,6 +265,37 @@ def _mesh_of(array: jax.Array) -> Mesh | None:
     return mesh if set(AXES) <= set(mesh.axis_names) else None
 
 
+def put_rows(tree: Any, rows: jax.Array, new: Any, like: jax.Array) -> Any:
+    """Returns `tree`, inside jit, with some of its rows written anew; where it is given up, nothing else is.
+
+    Args:
+      tree: of arrays with rows as leading axis, split as `constrain_rows` does.
+      rows: which; a number beyond the last row: none, up to K beyond. No two alike.  # [K] int32
+      new: a tree like it, of K rows whose other axes may be shorter: they are put at the beginning.
+      like: as in `constrain_rows`.
+    """
+    mesh = _mesh_of(like)
+    shards = 1 if mesh is None else batch_shards(mesh)
+
+    def put(old: jax.Array, rows: jax.Array, new: jax.Array) -> jax.Array:
+        place = (rows, *(slice(size) for size in new.shape[1:]))
+        return old.at[place].set(new, mode='drop', unique_indices=True)
+
+    def one(old: jax.Array, new: jax.Array) -> jax.Array:
+        if not new.size:
+            return old
+        if shards == 1:
+            return put(old, rows, new)
+        # Each device writes rows of its own: a write along the axis that is split would bring all of it to each.
+        count = old.shape[0] // shards
+        mine = rows[None] - count * jnp.arange(shards)[:, None]
+        mine = jnp.where(mine < 0, old.shape[0] + len(rows) + jnp.arange(len(rows))[None], mine)
+        split = jax.vmap(put, in_axes=(0, 0, None))(old.reshape(shards, count, *old.shape[1:]), mine, new)
+        return split.reshape(old.shape)
+
+    return constrain_rows(jax.tree.map(one, tree, new), like)
+
+
 def spread_rows(array: jax.Array) -> jax.Array:
     """Returns `array`, inside jit, with its leading axis split over all devices, where it divides.
 

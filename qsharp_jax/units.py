@@ -1,32 +1,43 @@
-"""Units of work, (example, sample, policy), in batches of one fixed shape."""
+"""Units of work, (example, sample, policy), and the shapes that their prompts come in."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
 
 from qsharp_jax.data.prompts import Prompts
-from qsharp_jax.rollout import Units
+
+_PREFILLED = 8  # for so many rows at least one more holds a prompt from which they are filled
+_WIDTHS = 3  # that prompts are padded to
 
 
 @dataclasses.dataclass(frozen=True)
-class UnitBatch:
-    """Arguments of one call, on the host.
+class Units:
+    """Units, example by example.
 
     Attributes:
-      units: what to draw; padding rows at the end are not `real`.
-      policies: number of each row's policy in the list the caller had in mind.  # [B] int32
-      index: row number of each unit's example in `Prompts`; padding repeats the last.  # [B] int64
-      real: number of rows that are no padding.
-      shared: number of leading tokens that are the same in every prompt, also of other batches.
+      index: row number of each unit's example in `Prompts`.  # [N] int64
+      samples: number of the unit among those of its example.  # [N] int64
+      policies: number of its policy in the list the caller has in mind.  # [N] int64
     """
 
-    units: Units
-    policies: np.ndarray
     index: np.ndarray
-    real: int
-    shared: int
+    samples: np.ndarray
+    policies: np.ndarray
+
+
+def units(which: Sequence[int] | np.ndarray, samples: int, policies: int) -> Units:
+    """Returns every (example, sample, policy) once.
+
+    Args:
+      which: row numbers of the prompts.
+      samples: answers per example and policy.
+      policies: number of policies.
+    """
+    place, rest = np.divmod(np.arange(len(which) * samples * policies), samples * policies)
+    sample, policy = np.divmod(rest, policies)
+    return Units(np.asarray(which, np.int64)[place], sample, policy)
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -35,7 +46,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def prompt_width(prompts: Prompts) -> int:
-    """Returns one width for all the prompts, so that every batch has one compiled shape."""
+    """Returns one width that holds each of the prompts."""
     return round_up(max(len(tokens) for tokens in prompts.tokens), 8)
 
 
@@ -46,41 +57,24 @@ def shared_prefix(prompts: Prompts) -> int:
     return min(same, *(len(tokens) - 1 for tokens in prompts.tokens))
 
 
-def batches(prompts: Prompts, which: Sequence[int] | np.ndarray, samples: int, policies: int, batch_rows: int,
-            width: int) -> Iterator[UnitBatch]:
-    """Yields every (example, sample, policy) once, example by example, in batches of one shape.
+def widths(longest: int, shared: int) -> list[int]:
+    """Returns the few widths that prompts are padded to, ascending: each has half the room of the next.
 
     Args:
-      prompts: all prompts of a split.
-      which: row numbers of `prompts` to use.
-      samples: answers per example and policy.
-      policies: number of policies.
-      batch_rows: B of every batch.
-      width: P of every batch, at least the longest prompt.
+      longest: tokens of the longest prompt.
+      shared: tokens that every prompt begins with.
     """
-    per_example = samples * policies
-    total = len(which) * per_example
-    shared = shared_prefix(prompts)
-    # A batch that starts inside an example touches one example more than its rows would fill.
-    most_prompts = min(len(which), -(-batch_rows // per_example) + 1)
-    for first in range(0, total, batch_rows):
-        unit = np.arange(first, min(first + batch_rows, total))
-        real = len(unit)
-        unit = np.concatenate([unit, np.full(batch_rows - real, unit[-1])])
-        place, rest = np.divmod(unit, per_example)
-        sample, policy = np.divmod(rest, policies)
-        index = np.asarray(which)[place]
-        distinct, rows = np.unique(place, return_inverse=True)
-        tokens = np.zeros((most_prompts, width), np.int32)
-        lengths = np.zeros(most_prompts, np.int32)
-        # A slot that no row reads still needs a prompt: the last one, again.
-        for slot, chosen in enumerate(np.pad(distinct, (0, most_prompts - len(distinct)), mode='edge')):
-            text = prompts.tokens[which[chosen]]
-            tokens[slot, :len(text)] = text
-            lengths[slot] = len(text)
-        yield UnitBatch(
-            units=Units(
-                prompts=tokens, lengths=lengths, rows=rows.astype(np.int32),
-                examples=prompts.ids[index].astype(np.int32), samples=sample.astype(np.int32),
-                real=np.arange(batch_rows) < real),
-            policies=policy.astype(np.int32), index=index, real=real, shared=shared)
+    return sorted({round_up(shared + -(-(longest - shared) // 2 ** halved), 8) for halved in range(_WIDTHS)})
+
+
+def prefilled_prompts(rows: int, per_example: int, shards: int) -> int:
+    """Returns how many prompts are prefilled together.
+
+    Few, since each takes the memory of its part of a cache until its units have begun; and split over the devices.
+
+    Args:
+      rows: B.
+      per_example: units of each prompt.
+      shards: parts that rows are split into.
+    """
+    return round_up(max(rows // (_PREFILLED * per_example), 1), shards)

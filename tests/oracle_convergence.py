@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax import categorical, decoding, rollout, types
-from tests import tabular
+from tests import pools, tabular
 
 ETA = 0.3
 ITERATIONS = 2
@@ -64,10 +64,10 @@ def draw(tree: tabular.Language, law: np.ndarray | None, number: int, seed: int,
     for first in range(0, number, BATCH):
         unit = first + np.arange(BATCH)
         rows = jnp.asarray(unit % len(tree.prompts))
-        units = rollout.Units(prompts, lengths, rows, rows, jnp.asarray(unit // len(tree.prompts)),
-                              jnp.asarray(unit < number))
-        drawn = rollout.collect(REFERENCE, how, tree.reference_params(), scores, policy, units,
-                                rollout.RolloutConfig(tree.horizon), tree.eos, seed, iteration)
+        units = pools.Units(prompts, lengths, rows, rows, jnp.asarray(unit // len(tree.prompts)),
+                            jnp.asarray(unit < number))
+        drawn = pools.collect(REFERENCE, how, tree.reference_params(), scores, policy, units,
+                              rollout.RolloutConfig(tree.horizon), tree.eos, seed, iteration)
         count, tokens = np.asarray(drawn.count), np.asarray(drawn.tokens)
         tokens = np.where(np.arange(tree.horizon) < count[:, None], tokens, 0)
         found.append(np.column_stack([rows, drawn.cut, count, tokens])[unit < number])

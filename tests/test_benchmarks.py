@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -218,13 +217,12 @@ def test_both_sides_fit_the_same_loss(samples, tmp_path, monkeypatch):
 def test_row_steps_are_those_of_the_decoder(tmp_path, monkeypatch):
     ours, _ = tiny_sides(tmp_path, monkeypatch)
     monkeypatch.setattr(type(ours), '_sentence_ends', lambda self: (7,))
-    decode, steps = decoding.decode, []
+    advance, steps = decoding.advance, []
 
-    def counted(reference, how, params, values, policy, state, eos_ids):
-        before = state.count
-        state = decode(reference, how, params, values, policy, jax.tree.map(jnp.copy, state), eos_ids)
-        steps.append(int((state.count - before).sum()))
-        return state
-    monkeypatch.setattr(decoding, 'decode', counted)
+    def counted(*arguments):
+        pool, block = advance(*arguments)
+        steps.append(int(block.steps))
+        return pool, block
+    monkeypatch.setattr(decoding, 'advance', counted)
     found = ours.collect(prompts=3, samples=2, batch=4, room=8, layers=2, guide=workload.UNGUIDED.message())
-    assert found['pairs'] == 6 and found['active'] == sum(steps) <= found['row_steps']
+    assert found['pairs'] == 6 and found['row_steps'] == 4 * sum(steps) and 0 < found['active'] <= found['row_steps']

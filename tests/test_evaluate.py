@@ -1,6 +1,7 @@
 """What graded answers amount to, on rows written by hand; and that finished blocks are not done again."""
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -17,7 +18,7 @@ from qsharp_jax.evaluate import Evaluated
 def row(example, sample, text, reward, *, kl=0.0, tokens=1, truncated=False, seconds=0.5, flops=1e9):
     return {'id': example, 'sample': sample, 'text': text, 'reward': reward, 'kl': kl, 'tokens': [0] * tokens,
             'truncated': truncated, 'seconds': seconds, 'reference_tokens': tokens + 1.5, 'value_tokens': 4.0 * tokens,
-            'flops': flops, 'bytes': 2e9}
+            'flops': flops, 'bytes': 2e9, 'occupancy': 0.75 if sample % 2 else 0.95}
 
 
 # Two examples, four samples each, in no order. Example 3: a tie between a right and a wrong answer, and one
@@ -51,7 +52,7 @@ def test_the_summary_of_rows_counted_by_hand():
     assert found['kl_se'] == pytest.approx(statistics.stdev([3 / 4, 5 / 4]) / math.sqrt(2))
     assert found['kl_per_token'] == pytest.approx(8 / 20)
     assert found['truncated'] == pytest.approx(1 / 8) and found['abstained'] == pytest.approx(1 / 8)
-    assert found['tokens_per_answer'] == pytest.approx(20 / 8)
+    assert found['tokens_per_answer'] == pytest.approx(20 / 8) and found['occupancy'] == pytest.approx(0.85)
     assert (found['n_examples'], found['n_samples'], found['seconds']) == (2, 4, 4)
     json.dumps(found)
 
@@ -106,11 +107,10 @@ def fixture_asked(monkeypatch):
     """The units that were answered, by answers that cost nothing."""
     asked = []
 
-    def answer(experiment, prompts, policies, value_params, split, batch):
+    def answer(experiment, prompts, policies, split, queue, which, samples, ended):
         rows = []
-        for place in range(batch.real):
-            unit = (int(prompts.ids[batch.index[place]]), int(batch.units.samples[place]),
-                    int(batch.policies[place]))
+        for index, sample, policy in itertools.product(which, range(samples), range(len(policies))):
+            unit = int(prompts.ids[index]), int(sample), int(policy)
             asked.append(unit)
             rows.append({'id': unit[0], 'sample': unit[1], 'policy': unit[2], 'eta': policies[unit[2]].eta,
                          'text': 'a', 'reward': 0.5, 'reward_digest': experiment.reward.digest})
@@ -121,9 +121,11 @@ def fixture_asked(monkeypatch):
 
 @pytest.fixture(name='experiment')
 def fixture_experiment(tmp_path):
-    return types.SimpleNamespace(workdir=tmp_path, decoding_params=lambda params: params,
-                                 value_digest=lambda iteration: f'network {iteration}',
-                                 reward=types.SimpleNamespace(digest='reward'))
+    return types.SimpleNamespace(
+        workdir=tmp_path, decoding_params=lambda params: params, guidance=lambda offset: None,
+        queue=lambda *arguments: object(), value_digest=lambda iteration: f'network {iteration}',
+        reward=types.SimpleNamespace(digest='reward'),
+        config=types.SimpleNamespace(seed=0, sampling=types.SimpleNamespace(max_new_tokens=4)))
 
 
 def test_finished_blocks_are_read_back(tmp_path, asked, experiment):

@@ -17,7 +17,7 @@ LAYERS = (
     ('categorical', 'guidance', 'estimators', 'calibration'),
     ('config_rules', 'config', 'progress', 'metrics', 'cli', 'report'),
     ('sharding', 'topology', 'hlo', 'optimizers', 'data', 'rewards', 'models', 'decoding'),
-    ('rollout', 'units', 'learner', 'checkpoint', 'baselines', 'ledger'),
+    ('rollout', 'units', 'queue', 'learner', 'checkpoint', 'baselines', 'ledger'),
     ('references', 'experiment'),
     ('collect', 'fit', 'evaluate'),
     ('results', 'describe', 'programs'),
@@ -27,7 +27,8 @@ LAYERS = (
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
 # Parts that take networks as arguments, or need none.
-WITHOUT_MODELS = ('categorical', 'guidance', 'decoding', 'rollout', 'data', 'rewards', 'report', 'config', 'metrics')
+WITHOUT_MODELS = ('categorical', 'guidance', 'decoding', 'rollout', 'queue', 'data', 'rewards', 'report', 'config',
+                  'metrics')
 
 Graph = dict[str, set[str]]
 

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from qsharp_jax import categorical, decoding, rollout, types
-from tests import tabular
+from tests import pools, tabular
 from tests.test_decoding import padded, policy_of
 
 BERNOULLI = categorical.make('bernoulli', 0.0, 1.0)
@@ -23,8 +23,8 @@ def units_of(prompts, rows, samples, real=None):
     rows, samples = np.asarray(rows, np.int32), np.asarray(samples, np.int32)
     tokens, lengths = padded(prompts)
     real = np.ones(len(rows), bool) if real is None else np.asarray(real)
-    return rollout.Units(tokens, lengths, jnp.asarray(rows), jnp.asarray(100 + rows), jnp.asarray(samples),
-                         jnp.asarray(real))
+    return pools.Units(tokens, lengths, jnp.asarray(rows), jnp.asarray(100 + rows), jnp.asarray(samples),
+                       jnp.asarray(real))
 
 
 def answers(drawn):
@@ -56,7 +56,7 @@ AS_AND_BS = units_of(((A,), (B, B)), np.arange(64) % 2, np.arange(64) // 2)
 def test_the_guided_policy_writes_up_to_the_cut_and_the_reference_after(cut, budget):
     config = rollout.RolloutConfig(MOST, cut, budget)
     policy = policy_of(np.full(64, 0.02))
-    drawn = rollout.collect(SAYS_A, WANTS_B, None, None, policy, AS_AND_BS, config, (2,), 0, 1)
+    drawn = pools.collect(SAYS_A, WANTS_B, None, None, policy, AS_AND_BS, config, (2,), 0, 1)
     cuts = np.asarray(drawn.cut)
     assert set(cuts.tolist()) == (set(range(MOST)) if cut == 'uniform' else {0})
     for answer, place in zip(answers(drawn), cuts):
@@ -81,7 +81,7 @@ MANY = 48
 def collect(rows, samples, config, real=None, seed=0, iteration=1, etas=None):
     etas = np.where(np.asarray(samples) % 2, 0.2, np.inf) if etas is None else etas
     units = units_of(PROMPTS, rows, samples, real)
-    return rollout.collect(HASHED, GUIDED, None, None, policy_of(etas), units, config, ENDS, seed, iteration)
+    return pools.collect(HASHED, GUIDED, None, None, policy_of(etas), units, config, ENDS, seed, iteration)
 
 
 @pytest.mark.parametrize('cut, budget', (('uniform', 'total'), ('uniform', 'fresh'), ('start', 'fresh')))
@@ -164,7 +164,7 @@ def of_language():
     how = decoding.Guidance(tree.as_value(), BERNOULLI, candidates=3)
     params = tree.reference_params(), tree.scores(BERNOULLI, tree.return_law(tree.reference()))
     prompt = np.arange(DRAWS) % 2
-    drawn = rollout.collect(
+    drawn = pools.collect(
         tree.as_reference(), how, *params, policy_of(np.full(DRAWS, 0.3)),
         units_of(tree.prompts, prompt, np.arange(DRAWS) // 2), rollout.RolloutConfig(4), tree.eos, 0, 1)
     return tree, prompt, drawn
@@ -227,7 +227,7 @@ def test_the_roll_ins_own_rest_would_be_biased_and_the_redrawn_one_is_not():
     units = units_of(tree.prompts, np.zeros(DRAWS, int), np.arange(DRAWS))
     policy = policy_of(np.full(DRAWS, np.inf))
     config = rollout.RolloutConfig(6)
-    drawn = rollout.collect(reference, PLAIN, params, None, policy, units, config, (1,), 0, 1)
+    drawn = pools.collect(reference, PLAIN, params, None, policy, units, config, (1,), 0, 1)
     here = (np.asarray(drawn.cut) == 0) & (np.asarray(drawn.tokens)[:, 0] == 0)
     expected = tree.values(tree.reference())[0, tree.node((0,))]  # Z* of token 0 at the empty answer
     error = 0.5 / np.sqrt(here.sum())

@@ -15,7 +15,7 @@ from experiments import train as entry
 from qsharp_jax import cli, experiment, fits, programs, references, sharding, topology
 from qsharp_jax.fits import Tried
 from qsharp_jax.models import pretrained, transformer
-from qsharp_jax.programs import Compiled, Memory, TooLarge
+from qsharp_jax.programs import Compiled, Decoding, Memory, TooLarge
 from tests import tiny
 
 MODELS = Path(__file__).resolve().parents[1] / 'configs' / 'models'
@@ -83,7 +83,7 @@ def test_sizes_alone_are_planned_and_never_run(tmp_path: Path) -> None:
     parts = experiment.outline(config, tmp_path / 'run', mesh)
     assert (parts.reference_config.layers, parts.value_shape.layers) == (32, 16)
     sizes = fits.sizes_of(parts)
-    assert (sizes.rows, sizes.prompts, sizes.width, sizes.buffer) == (16, 9, 32, 8)
+    assert (sizes.rows, sizes.prompts, sizes.width, sizes.buffer) == (16, 1, 32, 8)
     # Eight prompts with their answers have 40 tokens each: two fill a row to a multiple of 16, and one would not.
     assert (sizes.fit_rows, sizes.fit_length, sizes.accumulate) == (4, 80, 1)
     with pytest.raises(ValueError, match='holds no weights: it serves --dry_run --topology only'):
@@ -133,7 +133,7 @@ def test_the_largest_batch_is_found_in_a_few_programs(
         tried.append(sizes.rows)
         needed = 4 * GIBI + sizes.rows * GIBI // 100
         if needed <= 15.75 * GIBI:
-            return program(needed), program(needed - 5)
+            return Decoding(program(needed - GIBI), program(needed - 5), program(needed), GIBI // 2)
         return TooLarge(f'Used {needed / GIBI:.3f}G of 15.75G hbm')
 
     monkeypatch.setattr(fits, 'decoding_programs', compiled)
@@ -151,6 +151,13 @@ def test_where_nothing_fits_nothing_is_found() -> None:
     assert tried.next_rows(8) == 0 and tried.memory == 15.75 * GIBI
 
 
+def test_prompts_are_prefilled_beside_the_rows() -> None:
+    tried = Tried({}, set(), 10.0)
+    tried.add(8, Decoding(program(6), program(1), program(9), caches=5))
+    tried.add(4, Decoding(program(6), program(1), program(9), caches=4))
+    assert tried.taken == {8: 11, 4: 10} and tried.fitting == {4}
+
+
 @pytest.mark.slow
 def test_a_small_model_is_compiled_for_four_chips(
         tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +172,8 @@ def test_a_small_model_is_compiled_for_four_chips(
     entry.main([*tiny.arguments(tmp_path / 'data', tmp_path / 'run', **changes), '--dry_run', '--topology=v5e:2x2'])
     text = capsys.readouterr().out
     assert 'mesh        data=2, fsdp=1, tensor=2' in text and 'reference 5, scanned; value 3, one by one' in text
-    for name in ('prefill', 'decode, 16 rows x 128 slots', 'fit, 8 rows', 'decode step', 'largest batch: '):
+    for name in ('prefill', 'refill, 1 rows', 'decode, 16 rows x 128 slots', 'fit, 8 rows', 'decode step',
+                 'largest batch: '):
         assert name in text
     assert os.environ['TPU_ACCELERATOR_TYPE'] == 'v5litepod-4'
     assert not (tmp_path / 'run').exists()
@@ -175,25 +183,29 @@ def test_a_small_model_is_compiled_for_four_chips(
     mesh = sharding.make_mesh(**config.mesh, devices=topology.devices(topology.parse('v5e:2x2')))
     parts = experiment.outline(config, tmp_path / 'run', mesh)
     shapes = fits.sizes_of(parts)
-    start, decode = fits.decoding_programs(parts, shapes)
+    found = programs.decoding_programs(parts, shapes)
     update = programs.compile_(lambda: programs.update(parts, shapes))
-    for compiled, run in ((start, start.program.run()), (decode, decode.program.step()),
+    for compiled, run in ((found.prefill, found.prefill.program.run()), (found.advance, found.advance.program.step()),
                           (update, update.program.run())):
         assert run.flops == pytest.approx(compiled.executable.cost_analysis()['flops'], rel=0.1)
     # A step reads parameters and caches once, and brings no parameter from other devices.
     config = tiny.config(tmp_path / 'data', **changes, value__scan_layers=True)
     parts = experiment.outline(config, tmp_path / 'run', mesh)
-    start, decode = fits.decoding_programs(parts, shapes)
-    program = decode.program
+    found = programs.decoding_programs(parts, shapes)
+    program = found.advance.program
     kernels = [math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) * 2
                for leaf in jax.tree.leaves(programs.reference_params(parts)['layers']) if leaf.ndim > 2]
     assert max(program.gathered(), default=0) < min(kernels)
-    # No cache is laid out anew as the loop begins or ends; they are split by heads.
-    found = start.executable
+    # No cache is laid out anew as the loop begins or ends, or as rows are filled; they are split by heads.
+    made = found.refill.executable
     caches = {place.shard_shape(leaf.shape) for leaf, place in zip(
-        jax.tree.leaves(found.out_info), jax.tree.leaves(found.output_shardings)) if leaf.ndim == 5}
+        jax.tree.leaves(made.out_info), jax.tree.leaves(made.output_shardings)) if leaf.ndim == 5}
     assert caches == {(8, 5, 2, 128, 128), (8, 3, 2, 128, 128)}
-    assert not [found for found in program.entry.instructions.values()
-                if found.opcode == 'copy' and found.shapes[0].sizes in caches]
-    # State and caches are written where they were.
-    assert decode.memory.aliased > 0.9 * decode.memory.outputs
+    for program in (found.advance.program, found.refill.program):
+        assert not [one for one in program.entry.instructions.values()
+                    if one.opcode == 'copy' and one.shapes[0].sizes in caches]
+    # State and caches are written where they were, and of the rows only those that are filled.
+    for compiled in (found.advance, found.refill):
+        assert compiled.memory.aliased > 0.9 * compiled.memory.outputs
+    assert found.refill.program.run().bytes < found.caches / 4
+    assert max(found.refill.program.gathered(), default=0) < found.caches / 8

@@ -1,4 +1,4 @@
-"""Units of work: each exactly once, in batches of one shape."""
+"""Units of work: each exactly once, and the shapes of their prompts."""
 from __future__ import annotations
 
 import itertools
@@ -13,41 +13,29 @@ TOKENS = [[5], [1, 2, 3], [7, 7], [4, 3, 2, 1], [9, 9, 9], [6, 5]]
 PROMPTS = Prompts(np.array([10, 13, 11, 40, 25, 12]), TOKENS, [str(tokens) for tokens in TOKENS], {})
 
 
-@pytest.mark.parametrize('samples, policies, batch_rows', (
-    (1, 1, 1), (1, 1, 4), (3, 1, 4), (2, 3, 4), (2, 2, 5), (4, 2, 8), (1, 2, 64), (5, 1, 2)))
-@pytest.mark.parametrize('which', ((0, 1, 2, 3, 4, 5), (4, 1, 3), (2,)))
-def test_every_unit_comes_once_with_its_own_prompt(which, samples, policies, batch_rows):
-    width = units.prompt_width(PROMPTS)
-    met = []
-    shapes = set()
-    batches = list(units.batches(PROMPTS, which, samples, policies, batch_rows, width))
-    for batch in batches:
-        drawn = batch.units
-        shapes.add(tuple(np.shape(field) for field in (*drawn, batch.policies, batch.index)))
-        np.testing.assert_array_equal(drawn.real, np.arange(batch_rows) < batch.real)
-        assert (drawn.lengths >= 1).all()  # prefill needs a token, also of a prompt that no row reads
-        for row in range(batch_rows):
-            prompt = drawn.prompts[drawn.rows[row]]
-            length = drawn.lengths[drawn.rows[row]]
-            index = batch.index[row]
-            assert prompt[:length].tolist() == TOKENS[index] and not prompt[length:].any()
-            assert drawn.examples[row] == PROMPTS.ids[index]
-            if row < batch.real:
-                met.append((index, drawn.samples[row], batch.policies[row]))
-    # Example by example, so that rows share their prompts.
-    assert met == list(itertools.product(which, range(samples), range(policies)))
-    assert len(shapes) == 1
-    assert all(batch.real == batch_rows for batch in batches[:-1]) and batches[-1].real > 0
+@pytest.mark.parametrize('samples, policies', ((1, 1), (3, 1), (2, 3), (1, 2)))
+@pytest.mark.parametrize('which', ((0, 1, 2, 3, 4, 5), (4, 1, 3), (2,), ()))
+def test_every_unit_comes_once_example_by_example(which, samples, policies):
+    found = units.units(which, samples, policies)
+    assert list(zip(found.index.tolist(), found.samples.tolist(), found.policies.tolist())) == list(
+        itertools.product(which, range(samples), range(policies)))
 
 
-def test_prompts_are_held_once():
-    batch = next(units.batches(PROMPTS, range(6), 4, 2, 8, 8))
-    assert batch.units.prompts.shape[0] == 2  # one that all eight rows answer, one to spare for a later batch
-    assert set(batch.units.rows.tolist()) == {0}
+@pytest.mark.parametrize('longest', (1, 7, 8, 9, 100, 513))
+@pytest.mark.parametrize('shared', (0, 5, 90))
+def test_widths_are_few_and_the_last_holds_every_prompt(longest, shared):
+    longest += shared
+    found = units.widths(longest, shared)
+    assert found == sorted(set(found)) and len(found) <= 3
+    assert found[-1] == units.round_up(longest, 8) and all(width > shared and width % 8 == 0 for width in found)
+    # No prompt takes more than twice its room, or little room.
+    assert all(large - shared <= 2 * (small + 1 - shared) + 8 for small, large in zip(found, found[1:]))
 
 
-def test_no_prompts_make_no_batch():
-    assert not list(units.batches(PROMPTS, (), 4, 2, 8, 8))
+@pytest.mark.parametrize('rows, per_example, shards, expected', (
+    (64, 1, 1, 8), (64, 4, 1, 2), (64, 64, 1, 1), (4, 1, 1, 1), (64, 1, 8, 8), (64, 64, 8, 8), (1024, 8, 8, 16)))
+def test_prompts_that_wait_take_an_eighth_of_the_rows_at_most_or_one_a_device(rows, per_example, shards, expected):
+    assert units.prefilled_prompts(rows, per_example, shards) == expected
 
 
 def test_the_width_holds_every_prompt():

@@ -58,6 +58,27 @@ class DecodeState:
         return ~self.ended & (self.count < self.limit)
 
 
+STAGES = ('roll_in', 'cut', 'roll_out', 'evaluate')
+
+
+def stage_keys(seed: int, iteration: int) -> Array:
+    """Returns the key of each kind of draw, in the order of `STAGES`, from which those of units are made.  # [4]"""
+    base = jax.random.fold_in(jax.random.key(seed), iteration)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(base, jnp.arange(len(STAGES)))
+
+
+def keys_of(stages: Array, stage: str, examples: Array, samples: Array) -> Array:
+    """Returns one key per (example, sample) from `stage_keys`; see `unit_keys`.  # [B]"""
+    if stage not in STAGES:
+        raise ValueError(f'stage {stage!r}: it must be one of {", ".join(STAGES)}')
+    base = stages[STAGES.index(stage)]
+
+    def key(example: Array, sample: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(base, example), sample)
+
+    return jax.vmap(key)(examples, samples)
+
+
 def unit_keys(seed: int, iteration: int, stage: str, examples: Array, samples: Array) -> Array:
     """Returns one key per (example, sample), the same wherever and whenever the unit is computed.
 
@@ -68,24 +89,75 @@ def unit_keys(seed: int, iteration: int, stage: str, examples: Array, samples: A
       examples: ids of the prompts.  # [B] int32
       samples: number of the answer of its prompt.  # [B] int32
     """
-    stages = ('roll_in', 'cut', 'roll_out', 'evaluate')
-    if stage not in stages:
-        raise ValueError(f'stage {stage!r}: it must be one of {", ".join(stages)}')
-    base = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), iteration), stages.index(stage))
-
-    def key(example: Array, sample: Array) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(base, example), sample)
-
-    return jax.vmap(key)(examples, samples)
+    return keys_of(stage_keys(seed, iteration), stage, examples, samples)
 
 
-@functools.partial(jax.jit, static_argnames=('reference', 'value', 'buffer', 'shared'))
+@functools.partial(jax.jit, static_argnames=('reference', 'value'))
+def prefix(reference: Reference, value: Value | None, reference_params: Params, value_params: Params,
+           tokens: Array) -> tuple[Cache, Cache]:
+    """Returns both caches, of one row, with what several prompts begin with: `tokens` [1, N]. See `prefill`."""
+    length = tokens.shape[1]
+
+    def filled(network: Reference | Value, params: Params) -> Cache:
+        return network.prefill(params, tokens, jnp.full(1, length), network.init_cache(1, length), 0)
+
+    return filled(reference, reference_params), None if value is None else filled(value, value_params)
+
+
+def prefill(reference: Reference, value: Value | None, reference_params: Params, value_params: Params,
+            prompts: Array, lengths: Array, buffer: int, before: tuple[Cache, Cache] | None = None,
+            shared: int = 0) -> DecodeState:
+    """Returns the state of one row a prompt, which no token may yet be added to.
+
+    Args:
+      reference: π_ref.
+      value: the value network, or None where nothing will be guided.
+      reference_params: of `reference`.
+      value_params: of `value`; anything when that is None.
+      prompts: right-padded.  # [U, P] int32
+      lengths: their lengths, at least 1.  # [U] int32
+      buffer: T, size of the answer buffer.
+      before: from `prefix`, of the first `shared` tokens of every prompt.
+      shared: how many those are, less than the shortest prompt has.
+    """
+    unique, width = prompts.shape
+
+    def filled(network: Reference | Value, params: Params, start: Cache) -> Cache:
+        cache = network.init_cache(unique, width + buffer)
+        if shared:
+            cache = jax.tree.map(_begin_with, cache, start)
+        # The last prompt token stays pending: the first step feeds it, so that every step is alike.
+        return network.prefill(params, prompts[:, shared:], lengths - 1 - shared, cache, shared)
+
+    reference_before, value_before = before or (None, None)
+    return DecodeState(
+        reference_cache=filled(reference, reference_params, reference_before),
+        value_cache=None if value is None else filled(value, value_params, value_before),
+        prompt_length=lengths,
+        pending=jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0],
+        tokens=jnp.zeros((unique, buffer), jnp.int32),
+        count=jnp.zeros(unique, jnp.int32),
+        limit=jnp.zeros(unique, jnp.int32),
+        ended=jnp.zeros(unique, bool),
+        keys=jnp.broadcast_to(jax.random.key(0), (unique,)),
+        kl=jnp.zeros(unique, jnp.float32),
+        values=jnp.full((unique, buffer), jnp.nan, jnp.float32),
+        value_tokens=jnp.zeros(unique, jnp.int32),
+    )
+
+
+def _begin_with(cache: Array, first: Array) -> Array:
+    """Returns a cache [U, ...] whose rows begin with the smaller `first` [1, ...]: slots from 0 on, whichever axis."""
+    rows = jnp.broadcast_to(first, (cache.shape[0], *first.shape[1:]))
+    return jax.lax.dynamic_update_slice(cache, rows, (0,) * cache.ndim)
+
+
+@functools.partial(jax.jit, static_argnames=('reference', 'value', 'buffer'))
 def start(reference: Reference, value: Value | None, reference_params: Params, value_params: Params,
-          prompts: Array, lengths: Array, rows: Array, keys: Array, limit: Array, buffer: int,
-          shared: int = 0) -> DecodeState:
+          prompts: Array, lengths: Array, rows: Array, keys: Array, limit: Array, buffer: int) -> DecodeState:
     """Returns the state before the first token.
 
-    Each distinct prompt is prefilled once for all of its rows, and what they all begin with once for all of them.
+    Each distinct prompt is prefilled once for all of its rows.
 
     On a mesh every array of the state is split by rows, as `rows` is.
 
@@ -100,40 +172,10 @@ def start(reference: Reference, value: Value | None, reference_params: Params, v
       keys: one per row, from `unit_keys`.  # [B]
       limit: most tokens of each answer; 0 makes a row that never runs (padding).  # [B] int32
       buffer: T, size of the answer buffer; no limit may exceed it.
-      shared: number of leading tokens that are the same in every prompt; less than the shortest prompt.
     """
-    unique, width = prompts.shape
-    capacity = width + buffer
-    # The last prompt token stays pending: the first step feeds it, so that every step is alike.
-    before = lengths - 1
-
-    def filled(network: Reference | Value, params: Params) -> Cache:
-        if shared:
-            empty = network.init_cache(1, capacity)
-            once = network.prefill(params, prompts[:1, :shared], jnp.full(1, shared), empty, 0)
-            cache = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (unique, *leaf.shape[1:])), once)
-        else:
-            cache = network.init_cache(unique, capacity)
-        cache = network.prefill(params, prompts[:, shared:], before - shared, cache, shared)
-        return jax.tree.map(lambda leaf: leaf[rows], cache)
-
-    batch = rows.shape[0]
-    prompt_length = lengths[rows]
-    state = DecodeState(
-        reference_cache=filled(reference, reference_params),
-        value_cache=None if value is None else filled(value, value_params),
-        prompt_length=prompt_length,
-        pending=prompts[rows, prompt_length - 1],
-        tokens=jnp.zeros((batch, buffer), jnp.int32),
-        count=jnp.zeros(batch, jnp.int32),
-        limit=limit,
-        ended=jnp.zeros(batch, bool),
-        keys=keys,
-        kl=jnp.zeros(batch, jnp.float32),
-        values=jnp.full((batch, buffer), jnp.nan, jnp.float32),
-        value_tokens=jnp.zeros(batch, jnp.int32),
-    )
-    return sharding.constrain_rows(state, like=rows)
+    once = prefill(reference, value, reference_params, value_params, prompts, lengths, buffer)
+    state = jax.tree.map(lambda leaf: leaf[rows], once)
+    return sharding.constrain_rows(dataclasses.replace(state, keys=keys, limit=limit), like=rows)
 
 
 def is_eos(tokens: Array, eos_ids: tuple[int, ...]) -> Array:
