@@ -19,6 +19,7 @@ from qsharp_jax import config as config_lib
 from qsharp_jax import describe, experiment, fit, fits, progress, report, sharding
 from qsharp_jax import topology as topology_lib
 from qsharp_jax.categorical import OFFSETS
+from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows, replace_text
 from qsharp_jax.results import Evaluation, plan_of
@@ -58,6 +59,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
     print(describe.run(parts), flush=True)
     with timed(directory, 'reference'):
         parts = experiment.load(parts)
+    ledger = prompts_lib.ledger_path(prompts_lib.task_config(config.task), config.task.data_dir)
+    if ledger.exists():
+        replace_text(directory / ledger.name, ledger.read_text())
 
     evaluation = Evaluation(parts, plan_of(config))
     values: Params = None

@@ -157,6 +157,7 @@ def test_every_number_has_a_range_and_every_rule_a_key() -> None:
     assert ranged <= set(keys)
     by_hand = {'seed', 'task.arithmetic.seed', 'task.star_graph.seed', 'eta', 'collect.eta', 'sampling.top_p',
                'task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share', 'fit.heldout_fraction',
+               *(f'task.{task}.validation_share' for task in ('gsm8k', 'math', 'quality', 'jsonl')),
                'value.v_min', 'value.v_max', 'mesh.data', 'mesh.fsdp', 'mesh.tensor'}
     numbers = {key for key, value in keys.items() if type(value) in (int, float)}
     assert numbers - ranged == by_hand

@@ -112,7 +112,7 @@ def test_load_reads_the_task_that_the_section_names(tmp_path, name):
 
 
 def test_an_unknown_task_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='the tasks are arithmetic, star_graph'):
+    with pytest.raises(ValueError, match='the tasks are arithmetic, .*, star_graph'):
         prompts_lib.load(section(tmp_path, name='chess'), 'test', TOKENIZER)
 
 

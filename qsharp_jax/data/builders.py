@@ -21,18 +21,22 @@ class TaskConfig(Protocol):
     def builder(self, data_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
         """Returns the builder of this task, which keeps its files below `data_dir`."""
 
+    def size(self, split: str) -> int | None:
+        """Returns how many records a split has; None where that is known only once they are made."""
 
-def config_name(config: Any, revision: int) -> str:
+
+def config_name(config: Any, revision: int, contents: Mapping[str, Any] | None = None) -> str:
     """Returns a name that is a hash of every parameter: other parameters never find these prepared files.
 
     Args:
       config: a dataclass that extends `tfds.core.BuilderConfig`; its own fields are the parameters.
       revision: of the generator, raised whenever the same parameters would make other records.
+      contents: what else the records depend on, such as hashes of files.
     """
     inherited = {field.name for field in dataclasses.fields(tfds.core.BuilderConfig)}
     parameters = {field.name: getattr(config, field.name)
                   for field in dataclasses.fields(config) if field.name not in inherited}
-    text = json.dumps({'revision': revision, **parameters}, sort_keys=True)
+    text = json.dumps({'revision': revision, **parameters, **(contents or {})}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -78,10 +82,12 @@ def info(builder: tfds.core.GeneratorBasedBuilder, description: str, **extra: An
 def read(task: TaskConfig, split: str, data_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns a split's records, in the order of their ids, as plain Python values.
 
-    The files are generated on first use; a killed generation leaves nothing half made.
+    The files are generated on first use; a killed generation leaves nothing half made. A feature `columns` is JSON, and
+    becomes one value for each of its keys.
 
     Raises:
-      ValueError: if the task has no such split, or cannot make as many distinct records as were asked for.
+      ValueError: if the task has no such split, cannot make as many distinct records as were asked for, or reads files
+        that are missing or not as they should be.
     """
     with _quiet():
         builder = task.builder(data_dir)
@@ -94,7 +100,7 @@ def read(task: TaskConfig, split: str, data_dir: str | os.PathLike[str]) -> list
                 raise
     if split not in builder.info.splits:
         raise ValueError(f'there is no split {split!r} of {builder.name}; it has {", ".join(builder.info.splits)}.')
-    return [{key: _plain(value) for key, value in record.items()} for record in builder.as_data_source(split)]
+    return [_record(record) for record in builder.as_data_source(split)]
 
 
 @contextlib.contextmanager
@@ -109,6 +115,12 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.removeFilter(unusual)
+
+
+def _record(features: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: _plain(value) for key, value in features.items()}
+    columns = json.loads(plain.pop('columns', '{}'))
+    return {**plain, **columns}
 
 
 def _plain(value: Any) -> Any:
