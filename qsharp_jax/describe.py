@@ -8,6 +8,7 @@ import jax
 
 from qsharp_jax import config as config_lib
 from qsharp_jax import sharding, units
+from qsharp_jax.data import builders
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.data.tokenizers import UnknownTokenizer
 from qsharp_jax.experiment import Experiment
@@ -95,7 +96,7 @@ def training_prompts(parts: Experiment) -> tuple[bool, int, int]:
     task = parts.config.task
     known = not isinstance(parts.tokenizer, UnknownTokenizer)
     config = prompts_lib.task_config(task)
-    if known and config.builder(task.data_dir).is_prepared():
+    if known and builders.prepared(config, task.data_dir):
         train = parts.prompts('train')
         return True, len(train), units.prompt_width(train)
     return False, config.size('train') or 0, units.round_up(task.max_prompt_tokens, 8)

@@ -59,8 +59,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
     print(describe.run(parts), flush=True)
     with timed(directory, 'reference'):
         parts = experiment.load(parts)
-    ledger = prompts_lib.ledger_path(prompts_lib.task_config(config.task), config.task.data_dir)
-    if ledger.exists():
+    ledger = prompts_lib.ledger_path(config.task)
+    if ledger:
         replace_text(directory / ledger.name, ledger.read_text())
 
     evaluation = Evaluation(parts, plan_of(config))

@@ -12,9 +12,7 @@ import threading
 
 import pytest
 
-from qsharp_jax.data import builders
-from qsharp_jax.data import prompts as prompts_lib
-from qsharp_jax.data import published, questions, readers, split_ledger
+from qsharp_jax.data import builders, published, questions, readers, split_ledger
 from qsharp_jax.data.published import File
 from qsharp_jax.data.questions import Gsm8kConfig, JsonlConfig, MathConfig, QualityConfig
 from qsharp_jax.data.split_ledger import Entry
@@ -296,7 +294,7 @@ def test_signs_tell_questions_apart_and_repetitions_stay_in_one_split():
 def test_the_ledger_lists_ids_places_and_files(folder, tmp_path):
     config = Gsm8kConfig(folder=str(folder), any_version=True)
     records = {record['id']: record for record in read(config, tmp_path)}
-    ledger = json.loads(prompts_lib.ledger_path(config, tmp_path / 'data').read_text())
+    ledger = json.loads((builders.prepared(config, tmp_path / 'data') / split_ledger.FILE).read_text())
     assert ledger['files']['test'] == list(published.file_digests(folder / 'test.jsonl'))
     train = ledger['splits']['train']
     assert train['n'] == 36 and train['ids'] == list(records)

@@ -11,6 +11,11 @@ _WRAPPED = re.compile(r'\\(?:text|textbf|mathrm|mathbf|textrm)\s*\{(.*)\}', re.D
 _SAID = re.compile(r"\b[Aa]nswer(?: is)?:?\s+\(?([A-Z])\b(?!['’])")
 
 
+def boxed(answer: str) -> str:
+    r"""Returns the text that says no more than an answer: \boxed{answer}."""
+    return rf'\boxed{{{answer}}}'
+
+
 def last_boxed(text: str) -> str | None:
     r"""Returns what is inside the last `\boxed{…}` of a text; None if there is none or its brace is never closed.
 

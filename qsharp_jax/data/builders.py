@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,6 +102,13 @@ def read(task: TaskConfig, split: str, data_dir: str | os.PathLike[str]) -> list
     if split not in builder.info.splits:
         raise ValueError(f'there is no split {split!r} of {builder.name}; it has {", ".join(builder.info.splits)}.')
     return [_record(record) for record in builder.as_data_source(split)]
+
+
+def prepared(task: TaskConfig, data_dir: str | os.PathLike[str]) -> Path | None:
+    """Returns the directory of a task's records; None if they are not made yet."""
+    with _quiet():
+        builder = task.builder(data_dir)
+        return Path(builder.data_dir) if builder.is_prepared() else None
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
 import logging
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,9 +75,15 @@ def task_config(task: Any) -> builders.TaskConfig:
     return TASKS[task.name](**dict(getattr(task, task.name)))
 
 
-def ledger_path(config: builders.TaskConfig, data_dir: str | os.PathLike[str]) -> Path:
-    """Returns where the ledger of the splits is once the task's files are made; generated tasks have none."""
-    return Path(config.builder(data_dir).data_dir) / split_ledger.FILE
+def ledger_path(task: Any) -> Path | None:
+    """Returns where the ledger of the splits is; None if the task's files are not made yet, or it generates them.
+
+    Args:
+      task: a config's section `task`.
+    """
+    directory = builders.prepared(task_config(task), task.data_dir)
+    path = directory and directory / split_ledger.FILE
+    return path if path and path.exists() else None
 
 
 def load(task: Any, split: str, tokenizer: PromptTokenizer) -> Prompts:

@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
+import inspect
 import re
 
+from qsharp_jax.data import answer_text
 from qsharp_jax.data.star_graph_text import parse_question
 from qsharp_jax.rewards.registry import register
 
 _INTEGER = re.compile(r'[+-]?\d{1,1000}')  # Python reads no integer of more than 4,300 digits
 _NODE = re.compile(r'\d{1,9}')
+_LEADING = re.compile(r'\s*\$?\s*([-+]?(?:\d[\d,]{0,99}(?:\.\d{1,99})?|\.\d{1,99}))')
 _NUMBER = re.compile(r'[-+]?(?:\d[\d,]*\.?\d*|\.\d+)')
 
 
@@ -29,6 +33,20 @@ def arithmetic(completions: Sequence[str], answer: Sequence[str]) -> list[float]
 def numeric_match(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
     """Whether the last number in the completion is that of the answer. Commas between digits are left out."""
     return [float(_last_number(text) == _last_number(right) is not None)
+            for text, right in zip(completions, answer, strict=True)]
+
+
+@register('gsm8k', as_completion=lambda answer: f'#### {answer}', depends=(inspect.getsource(answer_text),))
+def gsm8k(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    """Whether the first number behind the last '####' is the answer. A currency sign before it does not matter."""
+    return [float(_number_of(answer_text.after_hashes(text)) == _number_of(right) is not None)
+            for text, right in zip(completions, answer, strict=True)]
+
+
+@register('multiple_choice', as_completion=answer_text.boxed, depends=(inspect.getsource(answer_text),))
+def multiple_choice(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    r"""Whether the letter in the last \boxed{}, or else in the last 'answer is B', is the answer."""
+    return [float(answer_text.last_choice(text) == right.strip())
             for text, right in zip(completions, answer, strict=True)]
 
 
@@ -54,6 +72,11 @@ def star_graph_arm(completions: Sequence[str], question: Sequence[str]) -> list[
 def _last_number(text: str) -> float | None:
     found = _NUMBER.findall(text)
     return float(found[-1].replace(',', '')) if found else None
+
+
+def _number_of(text: str | None) -> Fraction | None:
+    found = _LEADING.match(text or '')
+    return Fraction(found[1].replace(',', '')) if found else None
 
 
 def _nodes(text: str) -> list[int]:
