@@ -44,9 +44,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields line number, from 1, and object of every line that is not empty.
 
     Raises:
-      ValueError: a line is no UTF-8, no JSON, or no object; or there is no line.
+      ValueError: a line is no UTF-8, no JSON, or no object; or all are empty.
     """
-    number = 0
+    found = False
     with open(path, 'rb') as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -61,8 +61,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
                 _refuse(path, number, f'is no JSON: {error}')
             if not isinstance(row, dict):
                 _refuse(path, number, f'is no JSON object in {{}}: {_short(line)}')
+            found = True
             yield number, row
-    if not number:
+    if not found:
         raise ValueError(f'{path} is empty.')
 
 
