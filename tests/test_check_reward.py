@@ -87,8 +87,9 @@ def test_columns_are_found_and_files_refused(said, tmp_path):
     rows = [{'question': 'q', 'response': 'a', 'answer': 'a'}]
     source = 'def f(prompts, completions, answer, question):\n    assert prompts == question\n    return [1]'
     assert '1 different' in said(source, rows)['values']
-    named = said('def f(completions):\n    return [len(completions[0])]', [{'text': 'bb', 'mine': 'a'}], completion='mine')
-    assert '1 different, 1 to 1' in named['values']
+    lines = said('def f(completions):\n    return [len(completions[0])]', [{'text': 'bb', 'mine': 'a'}],
+                 completion='mine')
+    assert '1 different, 1 to 1' in lines['values']
     with pytest.raises(ValueError, match="of its columns 'mine' none of 'completion', 'response', 'text' is"):
         said(source, [{'mine': 'a'}])
     with pytest.raises(ValueError, match="columns 'mine' 'yours' is not one. Name the right one with --completion"):
