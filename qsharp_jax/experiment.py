@@ -307,6 +307,7 @@ def _check_splits(config: ml_collections.ConfigDict) -> None:
 def _grade_canaries(parts: Experiment) -> None:
     """Grades a right and a wrong answer to a few training questions, before anything costly."""
     prompts = parts.prompts('train')
+    rewards.check_columns(parts.reward, prompts.columns)
     if 'answer' in prompts.columns:
         few = slice(0, _CANARIES)
         rewards.check_canaries(

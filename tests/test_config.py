@@ -15,7 +15,8 @@ from qsharp_jax.models import value as value_lib
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = 'from configs import default\n\n\ndef get_config():\n    config = default.get_config()\n'
-FILES = [f'configs/{name}.py:{size}' for name in ('arithmetic', 'star_graph') for size in ('tiny', 'small', 'paper')]
+FILES = [f'configs/{name}.py:{size}' for name in ('arithmetic', 'star_graph', 'gsm8k', 'math', 'quality')
+         for size in ('tiny', 'small', 'paper')] + ['configs/real_valued.py:tiny']
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +209,8 @@ def test_a_file_cannot_leave_its_configuration_unlocked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('spec, words', [
-    ('configs/none.py', 'no configuration file'), ('configs/arithmetic.py:huge', 'tiny, small and paper')])
+    ('configs/none.py', 'no configuration file'), ('configs/arithmetic.py:huge', 'tiny, small and paper'),
+    ('configs/gsm8k.py:huge', 'tiny, small and paper'), ('configs/real_valued.py:small', 'it has tiny')])
 def test_files_and_sizes_that_do_not_exist(spec: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         config.load(spec)

@@ -64,20 +64,20 @@ def split_of(text: str, fractions: Mapping[str, float]) -> str:
     return name
 
 
-def features(**extra: Any) -> tfds.features.FeaturesDict:
-    """Returns the features of a task: `id`, `question` and `answer`, and the `extra` ones."""
-    return tfds.features.FeaturesDict({
-        'id': tfds.features.Scalar(dtype=np.int64),
-        'question': tfds.features.Text(),
-        'answer': tfds.features.Text(),
-        **extra,
-    })
+def info(builder: tfds.core.GeneratorBasedBuilder, description: str, answers: bool = True,
+         **extra: Any) -> tfds.core.DatasetInfo:
+    """Returns what TFDS records about a builder whose examples stay in the order of their ids.
 
-
-def info(builder: tfds.core.GeneratorBasedBuilder, description: str, **extra: Any) -> tfds.core.DatasetInfo:
-    """Returns what TFDS records about a builder whose examples stay in the order of their ids."""
-    return tfds.core.DatasetInfo(
-        builder=builder, description=description, features=features(**extra), disable_shuffling=True)
+    Args:
+      builder: the builder.
+      description: of its examples.
+      answers: whether there is a feature `answer`, beside `id` and `question`.
+      extra: other features.
+    """
+    named = {'answer': tfds.features.Text()} if answers else {}
+    features = tfds.features.FeaturesDict({
+        'id': tfds.features.Scalar(dtype=np.int64), 'question': tfds.features.Text(), **named, **extra})
+    return tfds.core.DatasetInfo(builder=builder, description=description, features=features, disable_shuffling=True)
 
 
 def read(task: TaskConfig, split: str, data_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:

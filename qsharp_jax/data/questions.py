@@ -94,6 +94,11 @@ class QuestionsConfig(tfds.core.BuilderConfig):
         """Returns the file of 'train' and of those other splits that have one of their own."""
         raise NotImplementedError
 
+    @property
+    def answered(self) -> bool:
+        """Whether questions come with answers."""
+        return True
+
     def size(self, split: str) -> int | None:
         """Returns how many questions a split has; None where that is known only once they are read."""
         sizes = {name: source.file.size for name, source in self.sources().items() if source.file}
@@ -194,6 +199,10 @@ class JsonlConfig(QuestionsConfig):
     question: str = 'question'
     answer: str = 'answer'
 
+    @property
+    def answered(self) -> bool:
+        return bool(self.answer)
+
     def sources(self) -> dict[str, Source]:
         read = functools.partial(readers.own, question=self.question, answer=self.answer)
         return {split: Source(read, None, f'task.jsonl.{split}', path)
@@ -203,14 +212,15 @@ class JsonlConfig(QuestionsConfig):
 class Questions(tfds.core.GeneratorBasedBuilder):
     """Questions with their answers. Beside the records lies a ledger of the splits (`split_ledger`).
 
-    Features: `id` (unique over the splits), `question`, `answer`, and `columns`, the others as JSON.
+    Features: `id` (unique over the splits), `question`, `answer` where there is one, and `columns`, the others as JSON.
     """
 
     VERSION = tfds.core.Version('1.0.0')
     BUILDER_CONFIGS: list[tfds.core.BuilderConfig] = []
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return builders.info(self, 'Questions with answers; no two splits share one.', columns=tfds.features.Text())
+        return builders.info(self, 'Questions of which no two splits share one.', self.builder_config.answered,
+                             columns=tfds.features.Text())
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager  # it tries ten times, in as many lines
@@ -237,8 +247,8 @@ class Questions(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, numbered: Sequence[tuple[int, Question]]) -> Iterator[tuple[int, dict[str, Any]]]:
         for id_, question in numbered:
-            yield id_, {'id': id_, 'question': question.question, 'answer': question.answer,
-                        'columns': json.dumps(question.columns)}
+            answer = {'answer': question.answer} if self.builder_config.answered else {}
+            yield id_, {'id': id_, 'question': question.question, **answer, 'columns': json.dumps(question.columns)}
 
 
 def divide(pools: Mapping[str, Sequence[Question]],

@@ -69,6 +69,20 @@ def star_graph_arm(completions: Sequence[str], question: Sequence[str]) -> list[
     return earned
 
 
+@register('star_graph_progress')
+def star_graph_progress(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    """From -1, for no node, to 2, for the path from start to goal: how much of the path comes before the first mistake.
+
+    An answer of another length than the path loses 1/2, down to -3/2.
+    """
+    earned = []
+    for text, right in zip(completions, answer, strict=True):
+        nodes, path = _nodes(text), _nodes(right)
+        shared = next((i for i, (a, b) in enumerate(zip(nodes, path)) if a != b), min(len(nodes), len(path)))
+        earned.append(3 * shared / len(path) - 1 - (len(nodes) != len(path)) / 2)
+    return earned
+
+
 def _last_number(text: str) -> float | None:
     found = _NUMBER.findall(text)
     return float(found[-1].replace(',', '')) if found else None

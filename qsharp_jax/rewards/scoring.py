@@ -50,8 +50,8 @@ def score(reward: Reward, prompts: Sequence[str], completions: Sequence[str], co
     """
     if on_error not in ('stop', 'abstain'):
         raise RewardError(f"on_error is {on_error!r}; it is 'stop' or 'abstain'.")
+    check_columns(reward, columns)
     for term in reward.terms:
-        _check_columns(term, columns)
         if term.registered.in_workers and workers == 0:
             raise RewardError(f'reward {term.name!r} may take for ever on what a model writes, so it is graded in '
                               'processes that can be killed: set reward_options.workers to 1 or more.')
@@ -258,8 +258,13 @@ def _grade_one(spec: str, row: int, prompt: str, completion: str, columns: Mappi
                for term in _in_worker[spec].terms)
 
 
+def check_columns(reward: Reward, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Raises RewardError if a function needs a column that there is not."""
+    for term in reward.terms:
+        _check_columns(term, columns)
+
+
 def _check_columns(term: Term, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Raises if a function needs a column that there is not."""
     if term.style == 'verl':
         given = {*VERL_ARGUMENTS}
         if 'ground_truth' in term.required and not {'ground_truth', 'answer'} & {*columns}:

@@ -1,0 +1,61 @@
+"""A reward that is not binary: how much of a path of a star graph is right, from -3/2 to 2, with a categorical head.
+
+  python experiments/train.py --config=configs/real_valued.py --workdir=runs/real_valued
+  python -m tests.real_valued --workdir=runs/real_valued --out=docs/figures/real_valued.png
+
+Graphs are so small that every answer can be listed, so that the second command knows the optimum of every eta; one
+value network serves all five.
+"""
+from __future__ import annotations
+
+import ml_collections
+
+from configs import star_graph
+
+
+def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
+    """The configuration of its only size."""
+    if size != 'tiny':
+        raise ValueError(f'configs/real_valued.py has no size {size!r}; it has tiny.')
+    config = star_graph.get_config('tiny')
+    config.reward = 'star_graph_progress'
+    config.iterations = 2
+    config.task.star_graph.num_nodes = 6
+    config.task.star_graph.pretrain_examples = 250
+    config.task.star_graph.train_examples = 250
+    config.task.star_graph.validation_examples = 20
+    config.task.star_graph.test_examples = 80
+    # Far from trained out, so that its answers are of every kind.
+    config.reference.transformer.layers = 2
+    config.reference.pretrain.random_arm_share = 0.5
+    config.reference.pretrain.steps = 150
+    config.reference.pretrain.warmup_steps = 20
+    config.sampling.top_k = 0
+    config.sampling.max_new_tokens = 4  # a path of three nodes, and its end
+    config.guidance.candidates = 10  # the whole vocabulary
+    config.value.head = 'categorical'
+    config.value.v_min = -1.5
+    config.value.v_max = 2.0
+    config.value.num_atoms = 8  # every half: all rewards are atoms
+    config.value.extra_layers = 0
+    config.value.extra_input = 'stream'
+    config.collect.cut = 'uniform'
+    config.collect.samples = 32
+    config.collect.block_examples = 125
+    config.collect.batch_rows = 500
+    config.fit.frozen_layers = 0
+    config.fit.samples_per_row = 8
+    config.fit.batch_size = 32
+    config.fit.epochs = 12.0
+    config.fit.warmup_steps = 20
+    config.eta = 0.5
+    config.eval.split = 'train'  # the optimum of a question is no matter of generalisation
+    config.eval.select_split = ''
+    config.eval.examples = 80
+    config.eval.samples = 16
+    config.eval.maj_k = 4
+    config.eval.etas = (0.1, 0.25, 0.5, 1.0, 2.0)
+    config.eval.reference_temperatures = ()
+    config.eval.batch_rows = 400
+    config.eval.block_examples = 80
+    return config
