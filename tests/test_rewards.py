@@ -238,6 +238,8 @@ def test_verl_prefers_its_own_columns(write):
                  '    return len(data_source) + int(ground_truth)\n')
     columns = {**COLUMNS, 'ground_truth': ['10', '20', '30'], 'data_source': ['ab'] * 3}
     assert score(spec, columns=columns) == [12, 22, 32]
+    spec = write('def f(solution_str, extra_info):\n    return extra_info["index"] + int(extra_info["answer"])\n')
+    assert score(spec, columns={**COLUMNS, 'extra_info': [{'index': 100 * i} for i in range(3)]}) == [2, 105, 208]
 
 
 def test_unknown_error_policies_are_refused():

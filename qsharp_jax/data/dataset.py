@@ -343,6 +343,9 @@ class AggregatedDataset:
                              f'({self.abstained} were left out because the reward abstained).')
         if self.duplicates:
             _logger.warning('%d roll-outs of %s repeat a unit and are left out.', self.duplicates, directory)
+        if self.abstained:
+            _logger.warning('%d of %d roll-outs of %s are left out: the reward abstained, or took too long.',
+                            self.abstained, self.abstained + len(rows), directory)
         table = np.array(rows, np.int64)
         self._places, self.units, self.lengths, self.cuts = table[:, 0], table[:, 1:4], table[:, 4:6], table[:, 6]
         self.rewards = np.array(rewards, np.float64)

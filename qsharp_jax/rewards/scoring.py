@@ -151,7 +151,8 @@ def _call_verl(term: Term, completion: str, row: Mapping[str, Any]) -> Any:
     given = {
         'data_source': row['data_source'] if 'data_source' in row else '',
         'solution_str': completion,
-        'extra_info': dict(row),
+        # Data in verl's own form have such a column.
+        'extra_info': {**row, **row['extra_info']} if isinstance(row.get('extra_info'), Mapping) else dict(row),
         **{'ground_truth': row[name] for name in ('answer', 'ground_truth') if name in row},
     }
     if term.accepted is not None:
