@@ -35,29 +35,30 @@ def language(parts: Experiment, count: int) -> tabular.Language:
     logits, earned = empty.logits.copy(), empty.rewards.copy()
     ends = np.flatnonzero(empty.ends)
     texts = [parts.answer_text(empty.answers[node]) for node in ends]
+    ask = _ask(parts)
     for row in range(count):
-        logits[row, inner] = next_logits(parts, prompts.tokens[row], [empty.answers[node] for node in inner])
+        logits[row, inner] = next_logits(ask, prompts.tokens[row], [empty.answers[node] for node in inner])
         columns = {name: [column[row]] * len(texts) for name, column in prompts.columns.items()}
         earned[row, ends] = rewards.score(parts.reward, [prompts.texts[row]] * len(texts), texts, columns,
                                           **parts.config.reward_options)
     return tabular.Language(empty.prompts, horizon, parts.eos_ids, logits, earned)
 
 
-def next_logits(parts: Experiment, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> np.ndarray:
-    """The reference's logits of the token after each answer to a prompt.  # [len(answers), V]"""
+def next_logits(ask: Any, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> np.ndarray:
+    """The logits of the token after each answer to a prompt, by `_ask` of a run.  # [len(answers), V]"""
     rows = [[*prompt, *answer] for answer in answers]
     lengths = jnp.array([len(row) for row in rows], jnp.int32)
     width = max(map(len, rows))
     tokens = jnp.array([row + [0] * (width - len(row)) for row in rows], jnp.int32)
     last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
-    return np.asarray(_ask(parts)(parts.reference_params, tokens, lengths - 1, last), np.float64)
+    return np.asarray(ask(tokens, lengths - 1, last), np.float64)
 
 
 def _ask(parts: Experiment) -> Any:
-    def ask(params: Any, tokens: jax.Array, before: jax.Array, last: jax.Array) -> jax.Array:
+    def ask(tokens: jax.Array, before: jax.Array, last: jax.Array) -> jax.Array:
         cache = parts.reference.init_cache(*tokens.shape)
-        cache = parts.reference.prefill(params, tokens, before, cache, 0)
-        return parts.reference.step(params, last, before, cache)[0]
+        cache = parts.reference.prefill(parts.reference_params, tokens, before, cache, 0)
+        return parts.reference.step(parts.reference_params, last, before, cache)[0]
     return jax.jit(ask)
 
 
