@@ -38,8 +38,9 @@ def get_config() -> ml_collections.ConfigDict:
 def task() -> ml_collections.ConfigDict:
     """Which questions are asked, and how a question becomes a prompt."""
     config = ml_collections.ConfigDict()
-    config.name = 'arithmetic'  # 'arithmetic' | 'star_graph'
-    config.template = '{question}'  # text around a question; '{question}' stands where the question goes
+    config.name = 'arithmetic'  # 'arithmetic' | 'star_graph' | 'gsm8k' | 'math' | 'quality' | 'jsonl'
+    # Text around a question; '{question}' stands where the question goes. Other braces are doubled: '\\boxed{{}}'.
+    config.template = '{question}'
     config.prefix = ''  # text before the template, such as solved examples
     config.chat = False  # True: prefix and template become one user turn of the tokenizer's chat template
     config.stop = ('\n',)  # texts that end an answer beside the tokenizer's own end; each must be a single token
@@ -64,6 +65,30 @@ def task() -> ml_collections.ConfigDict:
     config.star_graph.validation_examples = 1000
     config.star_graph.test_examples = 20_000
     config.star_graph.seed = 42  # of the graphs
+
+    # Sets of questions (docs/data.md). Splits are 'train', 'validation' and 'test', and share no question.
+    config.gsm8k = questions()
+    config.gsm8k.folder = ''  # with train.jsonl and test.jsonl; '': downloaded
+    config.math = questions()
+    config.math.folder = ''  # with train.jsonl, which cannot be downloaded
+    config.math.test_set = 'math500'  # 'math500' | 'aime24'
+    config.math.test_folder = ''  # with test.jsonl of MATH-500, or aime24.jsonl; '': downloaded
+    config.quality = questions()
+    config.quality.folder = ''  # with the HTML-stripped files of version 1.0.1; '': downloaded
+    config.jsonl = questions()  # files of your own
+    config.jsonl.train = ''  # path of a JSON Lines file; all its columns are given to the reward
+    config.jsonl.validation = ''  # as above; '': a share of train
+    config.jsonl.test = ''  # as above; '': no such split
+    config.jsonl.question = 'question'  # name of the column with the question
+    config.jsonl.answer = 'answer'  # name of the column with the answer; '': there is none
+    return config
+
+
+def questions() -> ml_collections.ConfigDict:
+    """What all sets of questions have."""
+    config = ml_collections.ConfigDict()
+    config.validation_share = 0.1  # of the training questions, held out; the same ones in every run
+    config.any_version = False  # True: take files whose checksum is not that of the published version
     return config
 
 

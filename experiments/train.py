@@ -1,6 +1,9 @@
-"""Runs Q# from a configuration: collect, aggregate, fit, guide, evaluate, report.
+r"""Runs Q# from a configuration: collect, aggregate, fit, guide, evaluate, report.
 
   python experiments/train.py --config=configs/arithmetic.py:tiny --workdir=runs/mine --config.eta=0.2
+
+  python experiments/train.py --config=configs/arithmetic.py:tiny --workdir=runs/other --relabel_from=runs/mine \
+    --config.reward=my_rewards.py:brevity
 
 The same command continues a run that was stopped. Every key is in configs/default.py.
 """
@@ -22,13 +25,16 @@ def main(argv: Sequence[str]) -> None:
                         help='print configuration, parameter counts, shapes and memory, and stop')
     parser.add_argument('--topology', default='', metavar='v5e:4x4',
                         help='with --dry_run: compile for these TPUs and print memory, work and the largest batch')
+    parser.add_argument('--relabel_from', type=Path, metavar='WORKDIR',
+                        help='take the roll-outs of that run, and grade them by the reward of this one')
     config, others = cli.parse_config(argv)
     args = parser.parse_args(others)
     if config is None:
         parser.error('add --config=configs/arithmetic.py:tiny or another file')
 
     from qsharp_jax import train  # after the command line is known to be right: it takes seconds to import
-    train.run(config, args.workdir, dry_run=args.dry_run, topology=args.topology)
+    train.run(config, args.workdir, dry_run=args.dry_run, topology=args.topology,
+              relabel_from=args.relabel_from)
 
 
 if __name__ == '__main__':

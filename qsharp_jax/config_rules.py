@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    'task.name': ('arithmetic', 'star_graph'),
+    'task.name': ('arithmetic', 'star_graph', 'gsm8k', 'math', 'quality', 'jsonl'),
+    'task.math.test_set': ('math500', 'aime24'),
     'reference.dtype': ('float32', 'bfloat16'),
     'reference.scan_layers': ('auto', 'yes', 'no'),
     'reference.transformer.positions': ('rope', 'learned'),
@@ -38,6 +39,8 @@ _ITEM_CHOICES: dict[str, tuple[str, ...]] = {
     'task.arithmetic.operations': ('+', '-', '*', 'max', 'min'),
     'eval.methods': ('qsharp', 'cd', 'fudge'),
 }
+
+_QUESTIONS = 'gsm8k', 'math', 'quality', 'jsonl'  # tasks of one section
 
 _ABOVE_ZERO = (
     'reference.transformer.rope_base', 'reference.pretrain.learning_rate', 'value.sigma',
@@ -143,8 +146,9 @@ def _single(keys: Mapping[str, Any]) -> Iterator[str]:
     for key in ('task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share'):
         if not 0 <= keys[key] <= 1:
             yield f'config.{key} is {keys[key]:g}; it is a share, 0 to 1.'
-    if not 0 <= keys['fit.heldout_fraction'] < 1:
-        yield f'config.fit.heldout_fraction is {keys["fit.heldout_fraction"]:g}; it must be at least 0 and below 1.'
+    for key in ('fit.heldout_fraction', *(f'task.{task}.validation_share' for task in _QUESTIONS)):
+        if not 0 <= keys[key] < 1:
+            yield f'config.{key} is {keys[key]:g}; it must be at least 0 and below 1.'
     if '{question}' not in keys['task.template']:
         yield f"config.task.template is {keys['task.template']!r}; it must have '{{question}}' where the question goes."
     for key in ('reward', 'reference.source', 'task.data_dir', 'task.arithmetic.operations', 'eval.methods'):
@@ -192,6 +196,8 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     if heads > 0 and width % (2 * heads):
         yield (f'config.reference.transformer.width is {width}; it must be a multiple of twice the heads, which are '
                f'{heads}.')
+    if keys['task.name'] == 'jsonl' and not keys['task.jsonl.train']:
+        yield "config.task.jsonl.train is empty, and config.task.name is 'jsonl': name a JSON Lines file of questions."
     if keys['task.name'] == 'star_graph':
         needed = keys['task.star_graph.degree'] * (keys['task.star_graph.path_length'] - 1) + 1
         if needed > keys['task.star_graph.num_nodes']:

@@ -8,6 +8,7 @@ import jax
 
 from qsharp_jax import config as config_lib
 from qsharp_jax import sharding, units
+from qsharp_jax.data import builders
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.data.tokenizers import UnknownTokenizer
 from qsharp_jax.experiment import Experiment
@@ -88,14 +89,16 @@ def plan(parts: Experiment) -> str:
 def training_prompts(parts: Experiment) -> tuple[bool, int, int]:
     """Returns whether the task's files are made, and how many training prompts there are of at most how many tokens.
 
-    Files that are not there are not made: the config then says how many, and what their longest may be.
+    Files that are not there are not made: the config then says how many, as far as it knows (0 if it does not), and
+    what their longest may be.
     """
     task = parts.config.task
     known = not isinstance(parts.tokenizer, UnknownTokenizer)
-    if known and prompts_lib.task_config(task).builder(task.data_dir).is_prepared():
+    config = prompts_lib.task_config(task)
+    if known and builders.prepared(config, task.data_dir):
         train = parts.prompts('train')
         return True, len(train), units.prompt_width(train)
-    return False, task[task.name].train_examples, units.round_up(task.max_prompt_tokens, 8)
+    return False, config.size('train') or 0, units.round_up(task.max_prompt_tokens, 8)
 
 
 def _shapes(parts: Experiment) -> tuple[Params, Params]:

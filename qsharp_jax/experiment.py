@@ -291,17 +291,19 @@ def _check_warmup(config: ml_collections.ConfigDict, examples: int) -> None:
 
 
 def _check_splits(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError if more examples of a split are evaluated than it is made with."""
-    sizes = config.task[config.task.name]
+    """Raises ValueError if more examples of a split are evaluated than it is known to have."""
+    task = prompts_lib.task_config(config.task)
     for key, split in (('examples', config.eval.split), ('select_examples', config.eval.select_split)):
-        if split and config.eval[key] > sizes[f'{split}_examples']:
-            raise ValueError(f'eval.{key} is {config.eval[key]}, but task.{config.task.name}.{split}_examples is '
-                             f'{sizes[f"{split}_examples"]}: lower the one, or raise the other.')
+        size = task.size(split) if split else None
+        if size is not None and config.eval[key] > size:
+            raise ValueError(f'eval.{key} is {config.eval[key]}, but the {split} split of task.{config.task.name} has '
+                             f'{size} examples: lower the one, or raise the other.')
 
 
 def _grade_canaries(parts: Experiment) -> None:
     """Grades a right and a wrong answer to a few training questions, before anything costly."""
     prompts = parts.prompts('train')
+    rewards.check_columns(parts.reward, prompts.columns)
     if 'answer' in prompts.columns:
         few = slice(0, _CANARIES)
         rewards.check_canaries(

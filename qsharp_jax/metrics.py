@@ -48,8 +48,9 @@ class Writer:
         with open(self._path, 'a', encoding='utf-8') as file:
             file.write(json.dumps(row, allow_nan=False) + '\n')
         board = self._board(stage)
-        for name, value in values.items():
-            board.add_scalar(name, value, step)
+        for name, value in _numbers(values).items():
+            if value is not None:  # a curve has no place for it
+                board.add_scalar(name, value, step)
         board.flush()
 
     def resume(self, stage: str, step: int) -> None:

@@ -16,9 +16,10 @@ import ml_collections
 
 from qsharp_jax import checkpoint, collect
 from qsharp_jax import config as config_lib
-from qsharp_jax import describe, experiment, fit, fits, progress, report, sharding
+from qsharp_jax import describe, experiment, fit, fits, progress, relabel, report, sharding
 from qsharp_jax import topology as topology_lib
 from qsharp_jax.categorical import OFFSETS
+from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows, replace_text
 from qsharp_jax.results import Evaluation, plan_of
@@ -28,7 +29,7 @@ _NOTHING_YET = {'config.json', 'config.json.tmp', 'timings.json', 'timings.json.
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = False,
-        topology: str = '') -> Path | None:
+        topology: str = '', relabel_from: Path | None = None) -> Path | None:
     """Runs an experiment to its end, or on from where it was killed, and returns the path of its report.
 
     Args:
@@ -36,9 +37,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
       workdir: where everything the run makes is kept.
       dry_run: print what would run, and stop; the work directory is not touched.
       topology: of a dry run: TPUs to compile its programs for, such as 'v5e:4x4'; '' for none.
+      relabel_from: work directory of a run of the same roll-outs, which are graded anew in place of being decoded.
 
     Raises:
-      ValueError: a topology is given and it is no dry run, or there is no such topology.
+      ValueError: a topology is given and it is no dry run, or there is no such topology; or as `relabel.adopt`.
     """
     directory = Path(workdir)
     if topology:
@@ -58,6 +60,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
     print(describe.run(parts), flush=True)
     with timed(directory, 'reference'):
         parts = experiment.load(parts)
+    ledger = prompts_lib.ledger_path(config.task)
+    if ledger:
+        replace_text(directory / ledger.name, ledger.read_text())
+    if relabel_from:
+        print(relabel.adopt(parts, relabel_from), flush=True)
 
     evaluation = Evaluation(parts, plan_of(config))
     values: Params = None

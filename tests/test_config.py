@@ -15,7 +15,8 @@ from qsharp_jax.models import value as value_lib
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = 'from configs import default\n\n\ndef get_config():\n    config = default.get_config()\n'
-FILES = [f'configs/{name}.py:{size}' for name in ('arithmetic', 'star_graph') for size in ('tiny', 'small', 'paper')]
+FILES = [f'configs/{name}.py:{size}' for name in ('arithmetic', 'star_graph', 'gsm8k', 'math', 'quality')
+         for size in ('tiny', 'small', 'paper')] + ['configs/real_valued.py:tiny']
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +157,7 @@ def test_every_number_has_a_range_and_every_rule_a_key() -> None:
     assert ranged <= set(keys)
     by_hand = {'seed', 'task.arithmetic.seed', 'task.star_graph.seed', 'eta', 'collect.eta', 'sampling.top_p',
                'task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share', 'fit.heldout_fraction',
+               *(f'task.{task}.validation_share' for task in ('gsm8k', 'math', 'quality', 'jsonl')),
                'value.v_min', 'value.v_max', 'mesh.data', 'mesh.fsdp', 'mesh.tensor'}
     numbers = {key for key, value in keys.items() if type(value) in (int, float)}
     assert numbers - ranged == by_hand
@@ -206,7 +208,8 @@ def test_a_file_cannot_leave_its_configuration_unlocked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('spec, words', [
-    ('configs/none.py', 'no configuration file'), ('configs/arithmetic.py:huge', 'tiny, small and paper')])
+    ('configs/none.py', 'no configuration file'), ('configs/arithmetic.py:huge', 'tiny, small and paper'),
+    ('configs/gsm8k.py:huge', 'tiny, small and paper'), ('configs/real_valued.py:small', 'it has tiny')])
 def test_files_and_sizes_that_do_not_exist(spec: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         config.load(spec)

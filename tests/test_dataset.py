@@ -114,12 +114,13 @@ def test_units_that_come_twice_are_there_once(tmp_path, caplog):
     assert '1 roll-outs of' in caplog.text and 'repeat a unit' in caplog.text
 
 
-def test_abstained_rollouts_are_counted_and_left_out(tmp_path):
+def test_abstained_rollouts_are_counted_and_left_out(tmp_path, caplog):
     writer = DatasetWriter(tmp_path)
     writer.write_shard(1, 0, block(1, 0), META)
     writer.write_labels(1, 0, 'reward', np.array([1, np.nan, 0, np.nan, 1, 0]))
     data = AggregatedDataset(tmp_path, 'reward', 1)
     assert data.abstained == 2 and len(data) == 4 and not np.isnan(data.rewards).any()
+    assert '2 of 6 roll-outs of' in caplog.text and 'the reward abstained, or took too long' in caplog.text
     assert all(map(same, data.read(range(4)), [block(1, 0)[i] for i in (0, 2, 4, 5)]))
     writer.write_labels(1, 0, 'reward', np.full(6, np.nan))
     with pytest.raises(ValueError, match='no labelled roll-outs .*6 were left out'):

@@ -19,11 +19,12 @@ def result(**changes: Any) -> metrics.Row:
     return {**row, 'method': 'qsharp', 'iteration': 1, 'eta': 0.1, 'temperature': 1.0, 'split': 'test', **changes}
 
 
-def test_rows_are_on_disk_at_once_and_plain(tmp_path: Path) -> None:
+def test_rows_are_on_disk_at_once_and_plain(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer = metrics.Writer(tmp_path)
     writer.write('fit_1', 10, {'loss': np.float32(0.5), 'accuracy': 1, 'bad': math.nan}, iteration=1)
     assert metrics.read_rows(tmp_path / 'metrics.jsonl') == [
         {'stage': 'fit_1', 'iteration': 1, 'step': 10, 'loss': 0.5, 'accuracy': 1, 'bad': None}]
+    assert not caplog.records  # TensorBoard is given numbers only
 
 
 def test_a_resumed_stage_is_written_once(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Prompts: templates, chat, lengths, ends of answers."""
 from __future__ import annotations
 
+import json
 import logging
 
 import ml_collections
 import numpy as np
 import pytest
 
+from qsharp_jax import config as config_lib
 from qsharp_jax.data import prompts as prompts_lib
 
 
@@ -112,7 +114,7 @@ def test_load_reads_the_task_that_the_section_names(tmp_path, name):
 
 
 def test_an_unknown_task_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='the tasks are arithmetic, star_graph'):
+    with pytest.raises(ValueError, match='the tasks are arithmetic, .*, star_graph'):
         prompts_lib.load(section(tmp_path, name='chess'), 'test', TOKENIZER)
 
 
@@ -127,3 +129,17 @@ def test_something_must_end_an_answer(tmp_path):
     endless.eos_ids = frozenset()
     with pytest.raises(ValueError, match='nothing ends an answer'):
         prompts_lib.eos_ids(section(tmp_path, stop=()), endless)
+
+
+def test_the_papers_prompt_is_one_user_turn(tmp_path):
+    path = tmp_path / 'own.jsonl'
+    path.write_text('{"question": "What is {x} + 1?", "answer": "x", "hint": "{y}"}\n')
+    config = config_lib.load('configs/gsm8k.py:tiny', [
+        ('task.name', 'jsonl'), ('task.jsonl.train', str(path)), ('task.jsonl.validation_share', '0'),
+        ('task.data_dir', str(tmp_path / 'data'))])
+    prompts = prompts_lib.load(config.task, 'train', TOKENIZER)
+    text = 'Problem:\n\nWhat is {x} + 1? Write your answer inside \\boxed{}.\n\nSolution:'
+    assert prompts.texts == [text]
+    assert TOKENIZER.decode(prompts.tokens[0]) == f'<user>{text}<assistant>'
+    assert prompts.columns == {'question': ['What is {x} + 1?'], 'answer': ['x'], 'hint': ['{y}']}
+    assert json.loads(prompts_lib.ledger_path(config.task).read_text())['splits']['train']['ids'] == [0]

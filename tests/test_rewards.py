@@ -238,6 +238,8 @@ def test_verl_prefers_its_own_columns(write):
                  '    return len(data_source) + int(ground_truth)\n')
     columns = {**COLUMNS, 'ground_truth': ['10', '20', '30'], 'data_source': ['ab'] * 3}
     assert score(spec, columns=columns) == [12, 22, 32]
+    spec = write('def f(solution_str, extra_info):\n    return extra_info["index"] + int(extra_info["answer"])\n')
+    assert score(spec, columns={**COLUMNS, 'extra_info': [{'index': 100 * i} for i in range(3)]}) == [2, 105, 208]
 
 
 def test_unknown_error_policies_are_refused():
@@ -297,3 +299,17 @@ def test_canaries_warn_of_a_function_of_ones_own(write, caplog, source, words):
     with caplog.at_level(logging.WARNING):
         rewards.check_canaries(rewards.load(spec), PROMPTS, COLUMNS['answer'], COLUMNS, **HERE)
     assert words.replace('\\', '') in caplog.text
+
+
+@pytest.mark.parametrize('text, earned', [
+    ('3,1,2', 2), ('3,1', 0.5), ('3,1,4', 1), ('3,2,1', 0), ('1,3,2', -1), ('', -1.5), ('x', -1.5), ('3,1,2,4', 1.5),
+    ('9,9', -1.5)])
+def test_star_graph_progress_is_real_valued(text, earned):
+    assert grade('star_graph_progress', text, answer='3,1,2') == pytest.approx(earned)
+
+
+def test_a_column_that_is_not_there_is_found_before_anything_is_graded(write):
+    reward = rewards.load(write('def f(completions, hint):\n    return hint\n'))
+    with pytest.raises(RewardError, match="needs 'hint'"):
+        rewards.check_columns(reward, {'answer': ['1']})
+    rewards.check_columns(reward, {'hint': ['1']})

@@ -58,6 +58,10 @@ class ArithmeticConfig(tfds.core.BuilderConfig):
             raise ValueError(f'two_digit_share is {self.two_digit_share}; it is a share, 0 to 1.')
         self.name = builders.config_name(self, REVISION)
 
+    def size(self, split: str) -> int | None:
+        """Returns how many records a split has."""
+        return getattr(self, f'{split}_examples', None)
+
     def builder(self, data_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
         """Returns the builder of these problems, which keeps its files below `data_dir`."""
         return Arithmetic(config=self, data_dir=os.fspath(data_dir), file_format='array_record')

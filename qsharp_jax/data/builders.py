@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,18 +22,22 @@ class TaskConfig(Protocol):
     def builder(self, data_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
         """Returns the builder of this task, which keeps its files below `data_dir`."""
 
+    def size(self, split: str) -> int | None:
+        """Returns how many records a split has; None where that is known only once they are made."""
 
-def config_name(config: Any, revision: int) -> str:
+
+def config_name(config: Any, revision: int, contents: Mapping[str, Any] | None = None) -> str:
     """Returns a name that is a hash of every parameter: other parameters never find these prepared files.
 
     Args:
       config: a dataclass that extends `tfds.core.BuilderConfig`; its own fields are the parameters.
       revision: of the generator, raised whenever the same parameters would make other records.
+      contents: what else the records depend on, such as hashes of files.
     """
     inherited = {field.name for field in dataclasses.fields(tfds.core.BuilderConfig)}
     parameters = {field.name: getattr(config, field.name)
                   for field in dataclasses.fields(config) if field.name not in inherited}
-    text = json.dumps({'revision': revision, **parameters}, sort_keys=True)
+    text = json.dumps({'revision': revision, **parameters, **(contents or {})}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -59,29 +64,31 @@ def split_of(text: str, fractions: Mapping[str, float]) -> str:
     return name
 
 
-def features(**extra: Any) -> tfds.features.FeaturesDict:
-    """Returns the features of a task: `id`, `question` and `answer`, and the `extra` ones."""
-    return tfds.features.FeaturesDict({
-        'id': tfds.features.Scalar(dtype=np.int64),
-        'question': tfds.features.Text(),
-        'answer': tfds.features.Text(),
-        **extra,
-    })
+def info(builder: tfds.core.GeneratorBasedBuilder, description: str, answers: bool = True,
+         **extra: Any) -> tfds.core.DatasetInfo:
+    """Returns what TFDS records about a builder whose examples stay in the order of their ids.
 
-
-def info(builder: tfds.core.GeneratorBasedBuilder, description: str, **extra: Any) -> tfds.core.DatasetInfo:
-    """Returns what TFDS records about a builder whose examples stay in the order of their ids."""
-    return tfds.core.DatasetInfo(
-        builder=builder, description=description, features=features(**extra), disable_shuffling=True)
+    Args:
+      builder: the builder.
+      description: of its examples.
+      answers: whether there is a feature `answer`, beside `id` and `question`.
+      extra: other features.
+    """
+    named = {'answer': tfds.features.Text()} if answers else {}
+    features = tfds.features.FeaturesDict({
+        'id': tfds.features.Scalar(dtype=np.int64), 'question': tfds.features.Text(), **named, **extra})
+    return tfds.core.DatasetInfo(builder=builder, description=description, features=features, disable_shuffling=True)
 
 
 def read(task: TaskConfig, split: str, data_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns a split's records, in the order of their ids, as plain Python values.
 
-    The files are generated on first use; a killed generation leaves nothing half made.
+    The files are generated on first use; a killed generation leaves nothing half made. A feature `columns` is JSON, and
+    becomes one value for each of its keys.
 
     Raises:
-      ValueError: if the task has no such split, or cannot make as many distinct records as were asked for.
+      ValueError: if the task has no such split, cannot make as many distinct records as were asked for, or reads files
+        that are missing or not as they should be.
     """
     with _quiet():
         builder = task.builder(data_dir)
@@ -94,7 +101,14 @@ def read(task: TaskConfig, split: str, data_dir: str | os.PathLike[str]) -> list
                 raise
     if split not in builder.info.splits:
         raise ValueError(f'there is no split {split!r} of {builder.name}; it has {", ".join(builder.info.splits)}.')
-    return [{key: _plain(value) for key, value in record.items()} for record in builder.as_data_source(split)]
+    return [_record(record) for record in builder.as_data_source(split)]
+
+
+def prepared(task: TaskConfig, data_dir: str | os.PathLike[str]) -> Path | None:
+    """Returns the directory of a task's records; None if they are not made yet."""
+    with _quiet():
+        builder = task.builder(data_dir)
+        return Path(builder.data_dir) if builder.is_prepared() else None
 
 
 @contextlib.contextmanager
@@ -109,6 +123,12 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.removeFilter(unusual)
+
+
+def _record(features: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: _plain(value) for key, value in features.items()}
+    columns = json.loads(plain.pop('columns', '{}'))
+    return {**plain, **columns}
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 from pathlib import Path
+import shutil
 import struct
 from typing import Any, BinaryIO
 
@@ -225,9 +226,33 @@ class DatasetWriter:
         writer.close()
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
-        shard = Shard(path.name, iteration, block, len(rollouts), _sha256(temporary), dict(meta))
-        _move(temporary, path)
-        self._manifest.shards[iteration, block] = shard
+        self._add(temporary, Shard(path.name, iteration, block, len(rollouts), _sha256(temporary), dict(meta)))
+
+    def adopt(self, source: Manifest, shard: Shard, meta: Mapping[str, Any]) -> None:
+        """Adds a shard of another D, without its labels; does nothing if it is here.
+
+        Args:
+          source: the other D.
+          shard: of it.
+          meta: added to what the shard says of how it was drawn.
+
+        Raises:
+          ValueError: its file is missing or damaged, or D has other roll-outs as that block.
+        """
+        if self.has(shard.iteration, shard.block):
+            if self._shard(shard.iteration, shard.block).sha256 != shard.sha256:
+                raise ValueError(f'block {shard.block} of iteration {shard.iteration} in {self.directory} has other '
+                                 f'roll-outs than in {source.directory}, and D only grows.')
+            return
+        source.check(shard)
+        temporary = (self.directory / shard.name).with_suffix('.tmp')
+        shutil.copyfile(source.path_of(shard), temporary)
+        self._add(temporary, dataclasses.replace(shard, meta={**shard.meta, **meta}))
+
+    def _add(self, temporary: Path, shard: Shard) -> None:
+        """Moves a finished file to its place, and lists it."""
+        _move(temporary, self._manifest.path_of(shard))
+        self._manifest.shards[shard.iteration, shard.block] = shard
         shards = [dataclasses.asdict(shard) for _, shard in sorted(self._manifest.shards.items())]
         with _atomic(self._manifest.path) as file:
             file.write((json.dumps({'format': FORMAT, 'shards': shards}, indent=1) + '\n').encode())
@@ -321,6 +346,9 @@ class AggregatedDataset:
                              f'({self.abstained} were left out because the reward abstained).')
         if self.duplicates:
             _logger.warning('%d roll-outs of %s repeat a unit and are left out.', self.duplicates, directory)
+        if self.abstained:
+            _logger.warning('%d of %d roll-outs of %s are left out: the reward abstained, or took too long.',
+                            self.abstained, self.abstained + len(rows), directory)
         table = np.array(rows, np.int64)
         self._places, self.units, self.lengths, self.cuts = table[:, 0], table[:, 1:4], table[:, 4:6], table[:, 6]
         self.rewards = np.array(rewards, np.float64)

@@ -1,18 +1,22 @@
 """Questions as prompts: token ids for the model, text and columns for the reward."""
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from qsharp_jax.data import builders
+from qsharp_jax.data import builders, split_ledger
 from qsharp_jax.data.arithmetic import ArithmeticConfig
+from qsharp_jax.data.questions import Gsm8kConfig, JsonlConfig, MathConfig, QualityConfig
 from qsharp_jax.data.star_graph import StarGraphConfig
 
-TASKS = {'arithmetic': ArithmeticConfig, 'star_graph': StarGraphConfig}
+TASKS: dict[str, Callable[..., builders.TaskConfig]] = {
+    'arithmetic': ArithmeticConfig, 'star_graph': StarGraphConfig, 'gsm8k': Gsm8kConfig, 'math': MathConfig,
+    'quality': QualityConfig, 'jsonl': JsonlConfig}
 _NAMED = 5  # ids that a warning shows
 
 _logger = logging.getLogger(__name__)
@@ -69,6 +73,17 @@ def task_config(task: Any) -> builders.TaskConfig:
     if task.name not in TASKS:
         raise ValueError(f'task.name is {task.name!r}; the tasks are {", ".join(sorted(TASKS))}.')
     return TASKS[task.name](**dict(getattr(task, task.name)))
+
+
+def ledger_path(task: Any) -> Path | None:
+    """Returns where the ledger of the splits is; None if the task's files are not made yet, or it generates them.
+
+    Args:
+      task: a config's section `task`.
+    """
+    directory = builders.prepared(task_config(task), task.data_dir)
+    path = directory and directory / split_ledger.FILE
+    return path if path and path.exists() else None
 
 
 def load(task: Any, split: str, tokenizer: PromptTokenizer) -> Prompts:

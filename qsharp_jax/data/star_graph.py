@@ -62,6 +62,10 @@ class StarGraphConfig(tfds.core.BuilderConfig):
         """Number of nodes of one graph."""
         return 1 + self.degree * (self.path_length - 1)
 
+    def size(self, split: str) -> int | None:
+        """Returns how many records a split has."""
+        return getattr(self, f'{split}_examples', None)
+
     def builder(self, data_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
         """Returns the builder of these graphs, which keeps its files below `data_dir`."""
         return StarGraph(config=self, data_dir=os.fspath(data_dir), file_format='array_record')

@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
+import inspect
 import re
 
+from qsharp_jax.data import answer_text
 from qsharp_jax.data.star_graph_text import parse_question
 from qsharp_jax.rewards.registry import register
 
 _INTEGER = re.compile(r'[+-]?\d{1,1000}')  # Python reads no integer of more than 4,300 digits
 _NODE = re.compile(r'\d{1,9}')
+_LEADING = re.compile(r'\s*\$?\s*([-+]?(?:\d[\d,]{0,99}(?:\.\d{1,99})?|\.\d{1,99}))')
 _NUMBER = re.compile(r'[-+]?(?:\d[\d,]*\.?\d*|\.\d+)')
 
 
@@ -32,6 +36,20 @@ def numeric_match(completions: Sequence[str], answer: Sequence[str]) -> list[flo
             for text, right in zip(completions, answer, strict=True)]
 
 
+@register('gsm8k', as_completion=lambda answer: f'#### {answer}', depends=(inspect.getsource(answer_text),))
+def gsm8k(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    """Whether the first number behind the last '####' is the answer. A currency sign before it does not matter."""
+    return [float(_number_of(answer_text.after_hashes(text)) == _number_of(right) is not None)
+            for text, right in zip(completions, answer, strict=True)]
+
+
+@register('multiple_choice', as_completion=answer_text.boxed, depends=(inspect.getsource(answer_text),))
+def multiple_choice(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    r"""Whether the letter in the last \boxed{}, or else in the last 'answer is B', is the answer."""
+    return [float(answer_text.last_choice(text) == right.strip())
+            for text, right in zip(completions, answer, strict=True)]
+
+
 @register('star_graph')
 def star_graph_path(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
     """Whether the completion is the path from start to goal."""
@@ -51,9 +69,28 @@ def star_graph_arm(completions: Sequence[str], question: Sequence[str]) -> list[
     return earned
 
 
+@register('star_graph_progress')
+def star_graph_progress(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    """From -1, for no node, to 2, for the path from start to goal: how much of the path comes before the first mistake.
+
+    An answer of another length than the path loses 1/2, down to -3/2.
+    """
+    earned = []
+    for text, right in zip(completions, answer, strict=True):
+        nodes, path = _nodes(text), _nodes(right)
+        shared = next((i for i, (a, b) in enumerate(zip(nodes, path)) if a != b), min(len(nodes), len(path)))
+        earned.append(3 * shared / len(path) - 1 - (len(nodes) != len(path)) / 2)
+    return earned
+
+
 def _last_number(text: str) -> float | None:
     found = _NUMBER.findall(text)
     return float(found[-1].replace(',', '')) if found else None
+
+
+def _number_of(text: str | None) -> Fraction | None:
+    found = _LEADING.match(text or '')
+    return Fraction(found[1].replace(',', '')) if found else None
 
 
 def _nodes(text: str) -> list[int]:

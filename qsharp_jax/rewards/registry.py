@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import math
@@ -14,7 +15,10 @@ from typing import Any, TypeVar
 
 Function = TypeVar('Function', bound=Callable[..., Any])
 
-_REGISTRY: dict[str, Callable[..., Any]] = {}
+_REGISTRY: dict[str, Registered] = {}
+# Modules that register when their rewards are asked for: what they need is in an extra.
+_LATE = {'math': 'qsharp_jax.rewards.mathematics'}
+_EXTRA = 'math'
 # The arguments of a function in the style of verl, which grades one answer at a time.
 VERL_ARGUMENTS = ('data_source', 'solution_str', 'ground_truth', 'extra_info')
 
@@ -24,13 +28,30 @@ class RewardError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Registered:
+    """A function that a config can name.
+
+    Attributes:
+      function: the function itself.
+      as_completion: what a completion is like that says no more than a right answer.
+      in_workers: whether it may hang, and so is called only in processes that can be killed.
+      depends: what its rewards depend on beside the file that defines it.
+    """
+
+    function: Callable[..., Any]
+    as_completion: Callable[[str], str] = str
+    in_workers: bool = False
+    depends: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Term:
     """One function of a weighted sum.
 
     Attributes:
       name: as in the config.
       weight: its factor.
-      function: the function itself.
+      registered: the function itself, and what is known of it.
       style: 'batch' (prompts, completions, **columns) or 'verl' (one answer at a time).
       accepted: names of its arguments; None if it takes any.
       required: those without a default.
@@ -39,11 +60,16 @@ class Term:
 
     name: str
     weight: float
-    function: Callable[..., Any]
+    registered: Registered
     style: str
     accepted: tuple[str, ...] | None
     required: tuple[str, ...]
     source: bytes = dataclasses.field(repr=False)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function itself."""
+        return self.registered.function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +87,21 @@ class Reward:
     terms: tuple[Term, ...]
     digest: str
 
+    def as_completion(self, answer: str) -> str:
+        """Returns a completion that says no more than an answer, in the form that the reward looks for."""
+        forms = [term.registered.as_completion for term in self.terms if term.registered.as_completion is not str]
+        return forms[0](answer) if forms else answer
 
-def register(name: str) -> Callable[[Function], Function]:
+
+def register(name: str, *, as_completion: Callable[[str], str] = str, in_workers: bool = False,
+             depends: tuple[str, ...] = ()) -> Callable[[Function], Function]:
     """Returns a decorator that lets a config name a function.
+
+    Args:
+      name: for the config.
+      as_completion: see `Registered`, as for the others.
+      in_workers: as above.
+      depends: as above.
 
     Raises:
       ValueError: if the name is taken, or would be read as a file or a sum.
@@ -74,7 +112,7 @@ def register(name: str) -> Callable[[Function], Function]:
         raise ValueError(f'{name!r} cannot name a reward: it must not be empty or hold ":", "*" or ",".')
 
     def add(function: Function) -> Function:
-        _REGISTRY[name] = function
+        _REGISTRY[name] = Registered(function, as_completion, in_workers, depends)
         return function
 
     return add
@@ -82,7 +120,7 @@ def register(name: str) -> Callable[[Function], Function]:
 
 def names() -> list[str]:
     """Returns the registered names, in alphabetical order."""
-    return sorted(_REGISTRY)
+    return sorted({*_REGISTRY, *_LATE})
 
 
 def parse(spec: str) -> tuple[tuple[str, float], ...]:
@@ -117,16 +155,24 @@ def load(spec: str) -> Reward:
     for term in terms:
         # The place of the file does not matter, what is in it does.
         digest.update(f'{term.weight!r} {term.function.__qualname__} {len(term.source)}\n'.encode() + term.source)
+        digest.update(''.join(f'{len(text)} {text}' for text in term.registered.depends).encode())
     return Reward(spec, terms, digest.hexdigest()[:16])
 
 
 def _term(name: str, weight: float) -> Term:
     file, colon, attribute = name.rpartition(':')
+    if name in _LATE and name not in _REGISTRY:
+        try:
+            importlib.import_module(_LATE[name])
+        except ModuleNotFoundError as error:
+            raise RewardError(f'reward {name!r} needs the package {error.name}, which is not installed: pip install '
+                              f'"qsharp_jax[{_EXTRA}]".') from error
     if colon:
         function, source = _from_file(name, file, attribute)
+        registered = Registered(function, getattr(function, 'as_completion', str))
     elif name in _REGISTRY:
-        function = _REGISTRY[name]
-        source = Path(inspect.getfile(function)).read_bytes()
+        registered = _REGISTRY[name]
+        source = Path(inspect.getfile(registered.function)).read_bytes()
     elif name.endswith('.py'):
         raise RewardError(f'reward names the file {name!r} without a function: write {name}:function.')
     else:
@@ -134,11 +180,11 @@ def _term(name: str, weight: float) -> Term:
         hint = f'did you mean {" or ".join(near)}? ' if near else ''
         raise RewardError(f'there is no reward {name!r}: {hint}The names are {", ".join(names())}; a function of your '
                           'own is path/to/file.py:function.')
-    return _inspected(name, weight, function, source)
+    return _inspected(name, weight, registered, source)
 
 
-def _inspected(name: str, weight: float, function: Callable[..., Any], source: bytes) -> Term:
-    parameters = inspect.signature(function).parameters.values()
+def _inspected(name: str, weight: float, registered: Registered, source: bytes) -> Term:
+    parameters = inspect.signature(registered.function).parameters.values()
     any_ = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = [parameter for parameter in parameters
              if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
@@ -149,7 +195,7 @@ def _inspected(name: str, weight: float, function: Callable[..., Any], source: b
             f'reward {name!r} takes ({", ".join(accepted)}), which is no reward function: it is called as '
             f'function(prompts=..., completions=..., column=...) or as function({", ".join(VERL_ARGUMENTS)}).')
     required = tuple(parameter.name for parameter in named if parameter.default is parameter.empty)
-    return Term(name, weight, function, style, None if any_ else accepted, required, source)
+    return Term(name, weight, registered, style, None if any_ else accepted, required, source)
 
 
 def _from_file(name: str, file: str, attribute: str) -> tuple[Callable[..., Any], bytes]:

@@ -50,8 +50,11 @@ def score(reward: Reward, prompts: Sequence[str], completions: Sequence[str], co
     """
     if on_error not in ('stop', 'abstain'):
         raise RewardError(f"on_error is {on_error!r}; it is 'stop' or 'abstain'.")
+    check_columns(reward, columns)
     for term in reward.terms:
-        _check_columns(term, columns)
+        if term.registered.in_workers and workers == 0:
+            raise RewardError(f'reward {term.name!r} may take for ever on what a model writes, so it is graded in '
+                              'processes that can be killed: set reward_options.workers to 1 or more.')
     if workers > 0:
         return _score_in_workers(reward, prompts, completions, columns, workers, timeout_seconds, on_error)
     total = np.zeros(len(completions))
@@ -65,13 +68,15 @@ def check_canaries(reward: Reward, prompts: Sequence[str], answers: Sequence[str
                    on_error: str) -> None:
     """Grades each answer, and beside it a wrong one: that of another row. Call it before anything costly.
 
+    An answer becomes a completion in the form that the reward looks for (`Reward.as_completion`).
+
     A registered reward that does not give the right one more is an error. A function of the user's own may mean to
     reward something else, so it gets a warning.
 
     Args:
       reward: from `load`.
       prompts: texts.  # N
-      answers: right completions.  # N
+      answers: the right ones.  # N
       columns: as in `score`.
       workers: as in `score`.
       timeout_seconds: as in `score`.
@@ -80,15 +85,17 @@ def check_canaries(reward: Reward, prompts: Sequence[str], answers: Sequence[str
     Raises:
       RewardError: as `score`, and as above.
     """
-    wrong = [next((other for other in (*answers[row + 1:], *answers[:row]) if other != answer), f'{answer}?')
-             for row, answer in enumerate(answers)]
+    right_ones = [reward.as_completion(answer) for answer in answers]
+    # A digit makes another answer of a number, a letter and an expression.
+    wrong = [reward.as_completion(next((other for other in (*answers[row + 1:], *answers[:row]) if other != answer),
+                                       f'{answer}7')) for row, answer in enumerate(answers)]
     both = {name: [*column, *column] for name, column in columns.items()}
-    earned = score(reward, [*prompts, *prompts], [*answers, *wrong], both, workers=workers,
+    earned = score(reward, [*prompts, *prompts], [*right_ones, *wrong], both, workers=workers,
                    timeout_seconds=timeout_seconds, on_error=on_error)
     for row, (right, less) in enumerate(zip(earned[:len(answers)], earned[len(answers):], strict=True)):
         if math.isnan(right) or right <= less:
             message = (f'reward {reward.spec!r} does not tell right from wrong: to {_short(prompts[row])} the right '
-                       f'answer {_short(answers[row])} earns {_words(right)} and the wrong one {_short(wrong[row])} '
+                       f'answer {_short(right_ones[row])} earns {_words(right)} and the wrong one {_short(wrong[row])} '
                        f'earns {_words(less)}.')
             if not any(':' in term.name for term in reward.terms):
                 raise RewardError(f'{message} Choose a reward that fits the task.')
@@ -144,7 +151,8 @@ def _call_verl(term: Term, completion: str, row: Mapping[str, Any]) -> Any:
     given = {
         'data_source': row['data_source'] if 'data_source' in row else '',
         'solution_str': completion,
-        'extra_info': dict(row),
+        # Data in verl's own form have such a column.
+        'extra_info': {**row, **row['extra_info']} if isinstance(row.get('extra_info'), Mapping) else dict(row),
         **{'ground_truth': row[name] for name in ('answer', 'ground_truth') if name in row},
     }
     if term.accepted is not None:
@@ -251,8 +259,13 @@ def _grade_one(spec: str, row: int, prompt: str, completion: str, columns: Mappi
                for term in _in_worker[spec].terms)
 
 
+def check_columns(reward: Reward, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Raises RewardError if a function needs a column that there is not."""
+    for term in reward.terms:
+        _check_columns(term, columns)
+
+
 def _check_columns(term: Term, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Raises if a function needs a column that there is not."""
     if term.style == 'verl':
         given = {*VERL_ARGUMENTS}
         if 'ground_truth' in term.required and not {'ground_truth', 'answer'} & {*columns}:

@@ -1,0 +1,25 @@
+r"""GSM8K: grade-school word problems. Questions come from `task.gsm8k.folder`, or are downloaded (docs/data.md).
+
+  python experiments/train.py --config=configs/gsm8k.py:small --workdir=runs/gsm8k \
+    --config.task.gsm8k.folder=path/to/gsm8k \
+    --config.reference.source=path/to/model
+
+The model is a Hugging Face folder or a GGUF file (docs/models.md). The extra [math] is needed.
+
+Sizes:
+  tiny: that the parts fit together, with SmolLM2-135M-Instruct, which answers hardly any question.
+  small: an instruct model of half a billion parameters, guided by the lower half of its own layers.
+  paper: Llama 3 8B Instruct guided by Llama 3.2 1B.
+"""
+from __future__ import annotations
+
+import ml_collections
+
+from configs import reasoning
+
+
+def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
+    """The configuration of one size."""
+    config = reasoning.get_config(size, max_prompt_tokens=512)
+    config.task.name = 'gsm8k'
+    return config

@@ -1,0 +1,26 @@
+r"""QuALITY: four options to a question on a long article (docs/data.md).
+
+  python experiments/train.py --config=configs/quality.py:small --workdir=runs/quality \
+    --config.task.quality.folder=path/to/QuALITY.v1.0.1 \
+    --config.reference.source=path/to/model
+
+The model is a Hugging Face folder or a GGUF file (docs/models.md).
+
+Sizes:
+  tiny: that the parts fit together, with SmolLM2-135M-Instruct, which answers hardly any question.
+  small: an instruct model of half a billion parameters, guided by the lower half of its own layers.
+  paper: Llama 3 8B Instruct guided by Llama 3.2 1B.
+"""
+from __future__ import annotations
+
+import ml_collections
+
+from configs import reasoning
+
+
+def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
+    """The configuration of one size."""
+    config = reasoning.get_config(size, max_prompt_tokens=10240)
+    config.task.name = 'quality'
+    config.reward = 'multiple_choice'
+    return config

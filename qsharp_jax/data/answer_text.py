@@ -1,0 +1,55 @@
+"""Where the final answer stands in a text. Apart from builders and rewards, which must read it alike."""
+from __future__ import annotations
+
+import re
+
+_BOXES = re.compile(r'\\(?:boxed|fbox)')
+_UNBRACED = re.compile(r'\s+([^\s$]+)')
+_BRACES = re.compile(r'\\.|[{}]', re.DOTALL)
+_CHOICE = re.compile(r'\(?([A-Z])\)?[.:]?')
+_WRAPPED = re.compile(r'\\(?:text|textbf|mathrm|mathbf|textrm)\s*\{(.*)\}', re.DOTALL)
+_SAID = re.compile(r"\b[Aa]nswer(?: is)?:?\s+\(?([A-Z])\b(?!['’])")
+
+
+def boxed(answer: str) -> str:
+    r"""Returns the text that says no more than an answer: \boxed{answer}."""
+    return rf'\boxed{{{answer}}}'
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Returns what is inside the last `\boxed{…}` of a text; None if there is none or its brace is never closed.
+
+    Braces nest, and escaped ones are text. `\boxed 7`, which a few solutions of MATH have, is read as well. Takes time
+    linear in the length of the text.
+    """
+    start = max(text.rfind('\\boxed'), text.rfind('\\fbox'))
+    if start < 0:
+        return None
+    after = _BOXES.match(text, start).end()  # type: ignore[union-attr]  # it was found there
+    if text[after:after + 1] != '{':
+        bare = _UNBRACED.match(text, after)
+        return bare[1] if bare else None
+    depth = 0
+    for mark in _BRACES.finditer(text, after):
+        depth += {'{': 1, '}': -1}.get(mark[0], 0)
+        if depth == 0:
+            return text[after + 1:mark.start()].strip()
+    return None
+
+
+def after_hashes(text: str) -> str | None:
+    """Returns the rest of the line behind the last '####' of a text, which is where GSM8K has its answers; or None."""
+    _, hashes, rest = text.rpartition('####')
+    lines = rest.strip().splitlines()
+    return lines[0].strip() if hashes and lines else None
+
+
+def last_choice(text: str) -> str | None:
+    r"""Returns the letter that a text chooses: that in its last box, or else in its last 'answer is B'; or None."""
+    boxed = last_boxed(text)
+    if boxed is not None:
+        wrapped = _WRAPPED.fullmatch(boxed)
+        letter = _CHOICE.fullmatch((wrapped[1] if wrapped else boxed).strip())
+        return letter[1] if letter else None
+    said = _SAID.findall(text)
+    return said[-1] if said else None

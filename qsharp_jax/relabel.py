@@ -1,0 +1,86 @@
+"""The roll-outs of a run under another reward: nothing is decoded again, only graded.
+
+Roll-outs are finished by the reference, so the reward of an answer is a draw of the reward-to-go of its tokens from the
+cut on, whatever the reward (paper, theorem 2.2). What an earlier reward leaves behind is where later iterations looked:
+their roll-ins were guided towards it.
+"""
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from qsharp_jax import checkpoint
+from qsharp_jax import config as config_lib
+from qsharp_jax.data.dataset import DatasetWriter, Manifest, Shard
+from qsharp_jax.experiment import Experiment
+
+# What roll-outs depend on; the reward and all that comes after them may differ.
+_DRAWN_BY = ('seed', 'task.*', 'reference.*', 'sampling.*', 'collect.examples', 'collect.samples', 'collect.cut',
+             'collect.budget', 'collect.block_examples')
+_WHEREVER = ('task.data_dir', 'task.*.folder', 'task.math.test_folder', 'reference.scan_layers')
+
+
+def adopt(parts: Experiment, source: Path) -> str:
+    """Puts the roll-outs of another run into this run's D, and returns a sentence on what their labels are worth.
+
+    Args:
+      parts: the run, loaded.
+      source: work directory of the other run. It is only read.
+
+    Raises:
+      ValueError: it holds no roll-outs, or such that this run would not have drawn; or D has others already.
+    """
+    path = source / 'config.json'
+    if not path.exists():
+        raise ValueError(f'--relabel_from {source} holds no run: it has no config.json.')
+    other = config_lib.from_json(path.read_text())
+    _check_drawn_alike(parts, source, config_lib.flatten(other))
+    manifest = Manifest(source / 'dataset')
+    shards = manifest.upto(parts.config.iterations)
+    if not shards:
+        raise ValueError(f'--relabel_from {source} has no roll-outs yet.')
+    if jax.process_index() == 0:
+        writer = DatasetWriter(parts.dataset_dir)
+        for shard in shards:
+            _check_prompts(parts, manifest, shard)
+            writer.adopt(manifest, shard, {'relabelled_from': str(source), 'roll_in_reward': other.reward})
+    last = shards[-1].iteration
+    found = (f'{sum(shard.n for shard in shards)} roll-outs of {last} iteration{"s" * (last > 1)} come from {source} '
+             f'and are graded anew, by {parts.reward.spec}: the reference finished each of them, so labels of any '
+             'reward are valid.')
+    if last > 1:
+        found += (f' But iterations 2 to {last} were rolled in with a policy guided by {other.reward}: they cover what '
+                  'that reward led to, not what this one would.')
+    return found
+
+
+def _check_drawn_alike(parts: Experiment, source: Path, old: dict[str, object]) -> None:
+    new = config_lib.flatten(parts.config)
+    differ = [f'{key} was {old[key]!r}, now {new[key]!r}' for key in new
+              if old[key] != new[key] and _matches(key, _DRAWN_BY) and not _matches(key, _WHEREVER)]
+    if differ:
+        raise ValueError(f'--relabel_from {source} has roll-outs that this run would not draw: {"; ".join(differ)}. '
+                         'Give these keys the values they had.')
+    fitted = source / parts.value_dir(1).relative_to(parts.workdir)
+    if (fitted / checkpoint.VALUE_FILE).exists():
+        digest = checkpoint.load_meta(fitted)['reference']
+        if digest != parts.reference_digest:
+            raise ValueError(f'--relabel_from {source} has roll-outs of the reference {digest}, and that of this run '
+                             f'is {parts.reference_digest}: a value is valid for one reference.')
+
+
+def _matches(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _check_prompts(parts: Experiment, manifest: Manifest, shard: Shard) -> None:
+    """Raises ValueError unless every roll-out answers the prompt that its example has here."""
+    prompts = parts.prompts('train')
+    here = {int(example): tokens for example, tokens in zip(prompts.ids, prompts.tokens, strict=True)}
+    for rollout in manifest.read(shard):
+        if not np.array_equal(rollout.prompt, here.get(rollout.example, [])):
+            raise ValueError(f'--relabel_from {manifest.directory.parent}: example {rollout.example} has another '
+                             'prompt there than in this run. Use the data and the tokenizer of that run.')

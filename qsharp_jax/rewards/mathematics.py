@@ -1,0 +1,83 @@
+r"""Whether the answer in the last \boxed{} of a completion is mathematically the right one.
+
+`math-verify` parses and compares; what needs no algebra is settled before it. Either can take for ever on what a model
+may write, so this is graded in processes that can be killed (`scoring`), never in threads.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+import contextlib
+from fractions import Fraction
+import importlib.metadata
+import inspect
+import logging
+import multiprocessing
+import re
+import resource
+
+import math_verify
+
+from qsharp_jax.data import answer_text
+from qsharp_jax.rewards.registry import register
+
+LONGEST = 1000  # characters of an answer that is parsed; a longer one is right only if it is the same text
+_MEMORY = 4 * 2 ** 30  # bytes of address space that a worker may take
+_NUMBER = re.compile(r'[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?|[+-]?\.\d+')
+_THOUSANDS = re.compile(r'(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d{3}(?!\d))')
+_BASE = re.compile(r'([0-9A-Za-z]+)_\{?(\d+)\}?')
+
+logging.getLogger('math_verify').setLevel(logging.ERROR)  # it warns that it has no time limit of its own
+
+
+def equivalent(answer: str, given: str) -> bool:
+    """Returns whether a given answer is the right one in another form. What parses to nothing is not.
+
+    Numbers must be equal, not near. May take for ever.
+
+    Args:
+      answer: the right one.
+      given: as it stood in a box.
+    """
+    right, other = _tidy(answer), _tidy(given)
+    if not right or not other:
+        return False
+    if ''.join(right.split()) == ''.join(other.split()):
+        return True
+    if len(other) > LONGEST:
+        return False
+    if _NUMBER.fullmatch(right) and _NUMBER.fullmatch(other):
+        return _value(right) == _value(other)
+    bases = _BASE.fullmatch(right), _BASE.fullmatch(other)
+    if bases[0] and bases[1]:
+        return bases[0].groups() == bases[1].groups()
+    try:
+        parsed = [math_verify.parse(answer_text.boxed(text), parsing_timeout=None) for text in (right, other)]
+        return all(parsed) and bool(math_verify.verify(
+            *parsed, allow_set_relation_comp=True, timeout_seconds=None))
+    except (MemoryError, RecursionError):
+        return False  # no model writes a right answer that takes gigabytes
+
+
+@register('math', as_completion=answer_text.boxed, in_workers=True,
+          depends=(importlib.metadata.version('math-verify'), importlib.metadata.version('latex2sympy2_extended'),
+                   inspect.getsource(answer_text)))
+def math(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    r"""Whether what is in the last \boxed{} of the completion is equivalent to the answer."""
+    if multiprocessing.parent_process() is not None:
+        with contextlib.suppress(ValueError, OSError):  # where there is no such limit
+            resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    return [float(equivalent(right, answer_text.last_boxed(text) or ''))
+            for text, right in zip(completions, answer, strict=True)]
+
+
+def _tidy(text: str) -> str:
+    """Returns an answer without the signs around it that mean nothing."""
+    text = text.strip()
+    for left, right in (('$', '$'), ('\\(', '\\)')):
+        if len(text) > 2 and text.startswith(left) and text.endswith(right):
+            text = text[len(left):-len(right)].strip()
+    return _THOUSANDS.sub('', text.removesuffix('.'))
+
+
+def _value(number: str) -> Fraction:
+    return Fraction(number.replace(',', ''))
