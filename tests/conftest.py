@@ -11,10 +11,19 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     _flags += ['--xla_cpu_multi_thread_eigen=false', 'intra_op_parallelism_threads=1']
 os.environ['XLA_FLAGS'] = ' '.join(_flags).strip()
 
+from collections.abc import Iterator  # noqa: E402
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def programs_are_let_go() -> Iterator[None]:
+    """Compiled programs of a module go with it: each maps memory, of which Linux allows a process 65,530 pieces."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
