@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from benchmarks import workload
 from benchmarks.workload import Guide
-from qsharp_jax import categorical, decoding, guidance, learner, ledger, references, rollout, sharding
+from qsharp_jax import categorical, decoding, learner, ledger, references, rollout, sharding
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
 from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches
 from qsharp_jax.data.prompts import Prompts
@@ -328,8 +328,7 @@ def _law(reference: Reference, how: decoding.Guidance, params: Params, values: P
     logits, cache = reference.step(params, state.pending, state.length, state.reference_cache)
     state, scored = dataclasses.replace(state, reference_cache=cache), None
     if how.value is not None:
-        scored = score_candidates(how, values, state, policy, logits, guidance.sampler_log_probs(logits, policy))
-        state = dataclasses.replace(state, value_cache=scored.cache)
+        scored, state = score_candidates(how, values, state, policy, logits)
     return law(how, policy, state.count, logits, scored), state
 
 
