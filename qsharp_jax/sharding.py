@@ -265,6 +265,12 @@ def _mesh_of(array: jax.Array) -> Mesh | None:
     return mesh if set(AXES) <= set(mesh.axis_names) else None
 
 
+def row_shards(like: jax.Array) -> int:
+    """Returns, inside jit, how many shards the rows of a batch are split into; `like` as in `constrain_rows`."""
+    mesh = _mesh_of(like)
+    return 1 if mesh is None else batch_shards(mesh)
+
+
 def put_rows(tree: Any, rows: jax.Array, new: Any, like: jax.Array) -> Any:
     """Returns `tree`, inside jit, with some of its rows written anew; where it is given up, nothing else is.
 

@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any, TypeAlias
 
 from flax import struct
+import jax.numpy as jnp
 
 Array: TypeAlias = Any  # a jax.Array on the devices, or a np.ndarray on its way there and back
 Params = Any  # a plain tree of arrays
@@ -40,15 +41,42 @@ class Policy:
 
 
 @struct.dataclass
+class ValueBlock:
+    """New tokens for a value network: those chosen since its last pass, and ones that may follow them.
+
+    Rows may have any number of either. What is not real is padding of any value, and its scores mean nothing.
+
+    Attributes:
+      roots: chosen tokens, of positions length .. length + M - 1.  # [B, M] int32
+      known: how many leading roots of a row are real.  # [B] int32
+      candidates: tokens to be scored.  # [B, C] int32
+      parents: index of the root that each candidate follows; -1: the last token in the cache.  # [B, C] int32
+      wanted: which candidates are real.  # [B, C] bool
+    """
+
+    roots: Array
+    known: Array
+    candidates: Array
+    parents: Array
+    wanted: Array
+
+    @property
+    def real(self) -> Array:
+        """Which tokens are real, roots before candidates.  # [B, M + C] bool"""
+        known = jnp.arange(self.roots.shape[1])[None] < self.known[:, None]
+        return jnp.concatenate([known, self.wanted], axis=1)
+
+
+@struct.dataclass
 class ValueScores:
     """Raw outputs of a value network, to be read by `categorical.ReturnDistribution`.
 
     Attributes:
-      root: scores of the last token already chosen, given what precedes it.  # [B, K]
-      candidates: scores of each candidate as the next token.  # [B, C, K]
+      roots: scores of each root, given what precedes it.  # [B, M, K]
+      candidates: scores of each candidate as the token after its parent.  # [B, C, K]
     """
 
-    root: Array
+    roots: Array
     candidates: Array
 
 
@@ -82,13 +110,17 @@ class Value:
     Attributes:
       init_cache: as `Reference.init_cache`.
       prefill: as `Reference.prefill`.
-      score: (params, root [B], candidates [B, C], length [B], cache) -> (ValueScores, Cache). Puts `root` at
-        position `length`, scores each candidate as the token at `length + 1`, and keeps only the root in the cache.
-      scores_root: whether `ValueScores.root` means anything (a network that scores all next tokens at once from the
-        root's hidden state has no score of the root itself: it then holds NaN).
+      score: (params, ValueBlock, length [B], cache) -> (ValueScores, Cache). Puts the roots of each row behind the
+        `length` tokens that its cache holds, and scores them and the candidates behind their parents; only roots stay
+        in the cache. Of slots of roots that are not real nothing is promised.
+      scores_root: whether `ValueScores.roots` means anything. A network that scores all next tokens at once, from the
+        state before them, has no score of the root itself (it then holds NaN), and every candidate's parent must be
+        among the roots.
+      ragged: whether a pass takes the time of its real tokens alone, so that it is worth while to give it few.
     """
 
     init_cache: Callable[[int, int], Cache]
     prefill: Callable[[Params, Array, Array, Cache, int], Cache]
-    score: Callable[[Params, Array, Array, Array, Cache], tuple[ValueScores, Cache]]
+    score: Callable[[Params, ValueBlock, Array, Cache], tuple[ValueScores, Cache]]
     scores_root: bool = True
+    ragged: bool = False

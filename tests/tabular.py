@@ -9,7 +9,7 @@ exact.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 
@@ -167,15 +167,18 @@ class Language:
 
         The root of an empty answer, which no data ever fit, scores NaN.
         """
-        def score(params, root, candidates, length, cache):
-            cache = _write(cache, root, length)
-            prompt, node = self._locate(cache['tokens'], length + 1)
-            last = params.shape[1] - 1
-            root_scores = params[prompt, jnp.minimum(node, last)]
-            root_scores = jnp.where((node > 0)[:, None], root_scores, jnp.nan)
-            child = jnp.minimum(node[:, None] * self.vocab_size + 1 + candidates, last)
-            return types.ValueScores(root_scores, params[prompt[:, None], child]), cache
-        return types.Value(_init_cache, _prefill, score)
+        def score(params, block, length, cache):
+            cache, last = _write_roots(cache, block, length), params.shape[1] - 1
+
+            def root(number):
+                prompt, node = self._locate(cache['tokens'], length + number + 1)
+                return jnp.where((node > 0)[:, None], params[prompt, jnp.minimum(node, last)], jnp.nan)
+
+            def candidate(token, parent):
+                prompt, node = self._locate(cache['tokens'], length + parent + 1)
+                return params[prompt, jnp.minimum(node * self.vocab_size + 1 + token, last)]
+            return _each(root, candidate, block), cache
+        return types.Value(_init_cache, _prefill, score, ragged=True)
 
     def scores(self, distribution: categorical.ReturnDistribution, law: np.ndarray) -> jax.Array:
         """The scores with which `distribution` says `law`, a pmf over `support`.  # [N, M, K] -> [N, M, S]"""
@@ -259,12 +262,24 @@ def dyadic_value(num_scores: int = 1, seed: int = 1) -> types.Value:
         drawn = _hashed(tokens, count, jnp.arange(num_scores, dtype=jnp.uint32)[None], seed)
         return (drawn % 16).astype(jnp.float32) / 4 - 2
 
-    def score(params, root, candidates, length, cache):
-        cache = _write(cache, root, length)
-        scored = [draw(_write(cache, candidates[:, index], length + 1)['tokens'], length + 2)
-                  for index in range(candidates.shape[1])]
-        return types.ValueScores(draw(cache['tokens'], length + 1), jnp.stack(scored, axis=1)), cache
-    return types.Value(_init_cache, _prefill, score)
+    def score(params, block, length, cache):
+        cache = _write_roots(cache, block, length)
+
+        def root(number):
+            return draw(cache['tokens'], length + number + 1)
+
+        def candidate(token, parent):
+            place = length + parent + 1
+            return draw(_write(cache, token, place)['tokens'], place + 1)
+        return _each(root, candidate, block), cache
+    return types.Value(_init_cache, _prefill, score, ragged=True)
+
+
+def block_after(root: jax.Array, candidates: jax.Array) -> types.ValueBlock:
+    """One chosen token [B], and candidates [B, C] that may follow it."""
+    return types.ValueBlock(
+        roots=root[:, None], known=jnp.ones_like(root), candidates=candidates, parents=jnp.zeros_like(candidates),
+        wanted=jnp.ones(candidates.shape, bool))
 
 
 def sampler_probs(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0,
@@ -298,6 +313,29 @@ def _prefill(params: types.Params, tokens: jax.Array, lengths: jax.Array, cache:
              start: int) -> types.Cache:
     # Padding is written too, as a network would: reading past the length must show.
     return {'tokens': cache['tokens'].at[:, start:start + tokens.shape[1]].set(tokens.astype(jnp.int32))}
+
+
+def _write_roots(cache: types.Cache, block: types.ValueBlock, length: jax.Array) -> types.Cache:
+    for number in range(block.roots.shape[1]):
+        # Where a root is not real, a token that would be seen if it were read.
+        token = jnp.where(number < block.known, block.roots[:, number], 1)
+        cache = _write(cache, token, length + number)
+    return cache
+
+
+def _each(root: Callable[[int], jax.Array], candidate: Callable[[jax.Array, jax.Array], jax.Array],
+          block: types.ValueBlock) -> types.ValueScores:
+    """The scores of each token of a block; of those that are not real, NaN."""
+    def stacked(scores, like):  # [..., K] x n -> [B, n, K]
+        return jnp.stack(scores, axis=1) if scores else jnp.zeros((*like.shape, 1))
+
+    roots = [root(number) for number in range(block.roots.shape[1])]
+    candidates = [candidate(block.candidates[:, number], block.parents[:, number])
+                  for number in range(block.candidates.shape[1])]
+    roots, candidates = stacked(roots, block.roots), stacked(candidates, block.candidates)
+    known = jnp.arange(block.roots.shape[1])[None] < block.known[:, None]
+    return types.ValueScores(jnp.where(known[..., None], roots, jnp.nan),
+                             jnp.where(block.wanted[..., None], candidates, jnp.nan))
 
 
 def _write(cache: types.Cache, token: jax.Array, position: jax.Array) -> types.Cache:

@@ -84,16 +84,23 @@ def test_questions_are_gsm8k_or_else_arithmetic(tmp_path):
 class Letters:
     """A tokenizer with a token a letter."""
 
-    def encode(self, text):
-        return [ord(letter) for letter in text]
+    def encode_chat(self, messages):
+        return [ord(letter) for letter in f'user: {messages[0]["content"]} end']
 
 
-def test_prompts_end_with_their_question_and_have_one_length():
-    pairs = [('one?', '1'), ('two?', '2')]
-    found = workload.token_prompts(pairs, Letters(), 3, 60)
-    assert found.shape == (3, 60)
-    texts = [''.join(map(chr, row)) for row in found]
-    assert texts[1].endswith('Question: one?\nAnswer: 1\n\nQuestion: two?\nAnswer:') and texts[0] == texts[2]
+def test_prompts_are_chats_of_one_length():
+    pairs = [('one?', '1'), ('and two?', '2')]
+
+    def texts(count, length):
+        found = workload.token_prompts(pairs, Letters(), count, length)
+        assert found.shape == (count, length)
+        return [''.join(map(chr, row)) for row in found]
+
+    filled = texts(3, 30)
+    assert filled[1] == 'user: ' + 'and two?\n2\n\none?\n1\n\nand two? end'[-24:] and filled[0] == filled[2]
+    assert filled[0].startswith('user: ') and filled[0].endswith('\n2\n\none? end')
+    # First those that have the length themselves.
+    assert texts(3, 14) == ['user: one? end', 'user: one? end', 'user: two? end']
 
 
 def fake_row(name, **more):
@@ -162,6 +169,9 @@ class TinyTokenizer:
     def encode(self, text):
         return [ord(letter) % 50 for letter in text]
 
+    def encode_chat(self, messages):
+        return self.encode(f'Question: {messages[0]["content"]}')
+
 
 @pytest.mark.parity
 @pytest.mark.parametrize('guide', [
@@ -190,7 +200,7 @@ def test_both_sides_write_as_many_tokens_as_asked(tmp_path, monkeypatch):
     shape = dict(batch=3, prompt=64, layers=2, dtype='float32', tokens=4, guide=Guide(candidates=5).message())
     replies = [ours.decode(**shape, room=8), peer.decode(**shape)]
     assert [reply['tokens'] for reply in replies] == [12, 12]
-    assert replies[0]['value_tokens'] == 12 * 6 and replies[0]['kl_per_token'] > 0
+    assert 12 <= replies[0]['value_tokens'] <= 12 * 6 and replies[0]['kl_per_token'] > 0
 
 
 @pytest.mark.parity

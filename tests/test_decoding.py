@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qsharp_jax import categorical, decoding, types
+from qsharp_jax import categorical, decoding, guidance, types
 from tests import tabular
 
 VOCAB = 11
@@ -76,8 +76,9 @@ def test_rows_at_infinite_eta_are_the_reference(how):
 
 
 def test_a_constant_value_changes_nothing_under_mean():
-    def score(params, root, candidates, length, cache):
-        return types.ValueScores(jnp.full((len(root), 1), 0.7), jnp.full(candidates.shape + (1,), 0.7)), cache
+    def score(params, block, length, cache):
+        found = (jnp.full((*tokens.shape, 1), 0.7) for tokens in (block.roots, block.candidates))
+        return types.ValueScores(*found), cache
     constant = dataclasses.replace(VALUE, score=score)
     etas = np.tile([1e-3, 0.1, 1.0, np.inf], 3)
     temperature = np.repeat([1.0, 0.7, 0.0], 4)
@@ -187,24 +188,43 @@ def test_mean_kl_is_the_divergence_of_whole_answers(setting):
 
 # Rows on their own.
 
-def test_values_are_the_expected_returns_of_scored_tokens():
-    found = write(PAPER, policy_of(np.tile([0.1, np.inf, 2.0], 4)), ROWS, SAMPLES)
+@pytest.mark.parametrize('ragged', (True, False))
+@pytest.mark.parametrize('how', (PAPER, AFTER))
+def test_values_are_the_expected_returns_of_chosen_tokens(how, ragged):
+    how = dataclasses.replace(how, value=dataclasses.replace(VALUE, ragged=ragged))
+    found = write(how, policy_of(np.tile([0.1, np.inf, 2.0], 4), top_p=0.8), ROWS, SAMPLES)
     places = [(row, place) for row, answer in enumerate(answers(found)) for place in range(len(answer))]
     histories = [PROMPTS[ROWS[row]] + answers(found)[row][:place + 1] for row, place in places]
-    # Both networks once more, from each whole history: `root` is the token before the chosen one.
+    # The network once more, from each whole history: `root` is the token before the chosen one.
     tokens = jnp.asarray([history + (0,) * (16 - len(history)) for history in histories], jnp.int32)
     chosen, root = (jnp.asarray([history[-back] for history in histories]) for back in (1, 2))
     length = jnp.asarray([len(history) - 2 for history in histories])
-    logits, _ = REFERENCE.step(None, root, length, {'tokens': tokens})
-    scores, _ = VALUE.score(None, root, chosen[:, None], length, {'tokens': tokens})
-    rank = np.argsort(np.argsort(-np.asarray(logits), axis=-1, kind='stable'), axis=-1)
-    expected = np.full((12, 6), np.nan)
-    logit = np.asarray(scores.candidates)[:, 0, 0]
-    for (row, place), token, ranks, score in zip(places, chosen, rank, logit):
-        if ranks[token] < PAPER.candidates:
-            expected[row, place] = 1 / (1 + np.exp(-score))
-    np.testing.assert_allclose(found.values, expected, atol=1e-6)
-    assert 0 < sum(np.isnan(expected[row, place]) for row, place in places) < len(places)
+    scores, _ = VALUE.score(None, tabular.block_after(root, chosen[:, None]), length, {'tokens': tokens})
+    values, unknown = np.asarray(found.values), 0
+    for (row, place), score in zip(places, np.asarray(scores.candidates)[:, 0, 0]):
+        if np.isnan(values[row, place]):
+            unknown += 1
+            # Of what waits for the network at the end, nothing is known unless it was a candidate.
+            assert place >= len(answers(found)[row]) - 4
+        else:
+            np.testing.assert_allclose(values[row, place], 1 / (1 + np.exp(-score)), atol=1e-6)
+    assert unknown < len(places) / 2
+    assert np.isnan(values[np.arange(6)[None] >= np.asarray(found.count)[:, None]]).all()
+
+
+@pytest.mark.parametrize('outside', guidance.OUTSIDE)
+@pytest.mark.parametrize('order', guidance.ORDERS)
+def test_what_is_spared_changes_no_answer(order, outside):
+    """Rows without a choice, tokens that are cut whatever they weigh, chosen tokens that wait: the same answers."""
+    policy = policy_of(np.tile([1.0, 2.0, 8.0, np.inf], 3), np.repeat([0.3, 0.6, 0.0], 4), top_p=np.tile([0.5, 0.8], 6))
+    how = decoding.Guidance(VALUE, BERNOULLI, candidates=6, order=order, outside=outside)
+    plain = dataclasses.replace(how, value=dataclasses.replace(VALUE, ragged=False))
+    spared, whole = (write(each, policy, ROWS, SAMPLES) for each in (how, plain))
+    assert answers(spared) == answers(whole)
+    np.testing.assert_allclose(spared.kl, whole.kl, rtol=1e-5, atol=1e-6)
+    assert np.all(np.asarray(spared.value_tokens) <= np.asarray(whole.value_tokens))
+    most = 1.0 if (order, outside) == ('paper', 'soft_bellman') else 0.9
+    assert np.sum(spared.value_tokens) < most * np.sum(whole.value_tokens)
 
 
 def test_all_policies_share_one_compilation():
@@ -326,5 +346,7 @@ def test_going_on_from_a_cut_is_starting_from_the_longer_prompt(how):
     assert (np.asarray(fresh.count) > 1).any() and (left == 0).any()
     # What was cut off leaves nothing behind: values of kept tokens stay, the rest is written anew.
     for row, n in enumerate(kept):
-        rest = np.asarray(went_on.values)[row, n:]
-        np.testing.assert_allclose(rest, np.asarray(fresh.values)[row, :6 - n], atol=1e-6)
+        rest, anew = np.asarray(went_on.values)[row, n:], np.asarray(fresh.values)[row, :6 - n]
+        both = ~np.isnan(rest) & ~np.isnan(anew)  # other tokens wait for the network at the end
+        np.testing.assert_allclose(rest[both], anew[both], atol=1e-6)
+        assert both[:max(int(fresh.count[row]) - 4, 0)].all()

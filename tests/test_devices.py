@@ -184,7 +184,7 @@ def drawn_with_a_nudge(row: int, before: np.ndarray, token: int) -> bool:
                            jnp.array([1]), 1)
     logits, _ = REAL[0].step(params[0], state.pending, state.length, state.reference_cache)
     how = decoding.Guidance(REAL[1], BERNOULLI, candidates=5)
-    scored = score_candidates(how, params[1], state, policy, logits, guidance.sampler_log_probs(logits, policy))
+    scored, _ = score_candidates(how, params[1], state, policy, logits)
     log_probs = law(how, policy, jnp.array([len(before)]), logits, scored)
     noise = jax.vmap(jax.random.fold_in)(key, jnp.array([len(before)]))
     return int(guidance.sample(noise, log_probs.at[:, token].add(1e-3))[0]) == token

@@ -17,6 +17,7 @@ INF = math.inf
 VOCAB = 300  # more than the head of the nucleus search, so that both its ways are taken
 RULES = [(outside, 'paper') for outside in guidance.OUTSIDE] + [('mean', 'after_sampler')]
 policy_log_probs = jax.jit(guidance.policy_log_probs, static_argnames=('outside', 'order'))
+weighing_logits = jax.jit(guidance.weighing_logits, static_argnames=('outside', 'order'))
 jitted_sampler = jax.jit(guidance.sampler_log_probs)
 offsets = jax.jit(guidance.offsets, static_argnames='outside')
 sample = jax.jit(guidance.sample)
@@ -48,7 +49,8 @@ def sampler_log_probs(logits, policy):
 def law(logits, weight, scored, root, policy, outside, order, first=False):
     # Equal types whatever the caller computed with: one compiled program per rule.
     logits, weight, root = (np.asarray(each, np.float32) for each in (logits, weight, root))
-    return policy_log_probs(logits, weight, np.asarray(scored), root, np.full(root.shape, first), policy,
+    weighing = weighing_logits(logits, policy, outside=outside, order=order)
+    return policy_log_probs(logits, weighing, weight, np.asarray(scored), root, np.full(root.shape, first), policy,
                             outside=outside, order=order)
 
 
@@ -341,3 +343,45 @@ def test_a_draw_depends_on_its_key_and_row_alone():
     np.testing.assert_array_equal(sample(keys[order], log_probs[order]), together[order])
     np.testing.assert_array_equal(sample(keys[3:4], log_probs[3:4]), together[3:4])
     assert len(set(np.asarray(sample(keys, jnp.tile(log_probs[:1], (8, 1)))))) > 1
+
+
+@pytest.mark.parametrize('eta', (0.5, 2.0))
+@pytest.mark.parametrize('outside', ('zero', 'remove', 'min', 'mean'))
+def test_a_closed_row_has_its_law_whatever_the_other_weights(outside, eta):
+    """Also at the ends of their range, all of them or some."""
+    rows, count, random = 128, 12, np.random.default_rng(5)
+    logits, weight, candidates, root = case(5, rows, count=count)
+    weight = np.clip(np.asarray(weight), 0.0, 1 / eta)
+    policy = make_policy(
+        rows, eta, random.choice([0.5, 0.8, 1.0], rows), top_p=random.choice([0.3, 0.6, 0.9], rows))
+    ids = np.asarray(top_candidates(logits, count=count))
+    weighing = weighing_logits(logits, policy, outside=outside, order='paper')
+
+    def at(array):
+        return np.take_along_axis(np.asarray(array), ids, axis=-1)
+
+    others = np.where(np.asarray(candidates), -INF, np.asarray(logits)) / np.asarray(policy.temperature)[:, None]
+    closed = 0
+    for number in range(count):
+        scored = np.zeros(logits.shape, bool)
+        np.put_along_axis(scored, ids[:, :number], True, axis=-1)
+        is_open = np.asarray(guidance.is_open(
+            at(logits), at(logits if weighing is None else weighing), jax.nn.logsumexp(others, axis=-1), at(weight),
+            at(scored), jnp.zeros(rows), jnp.full(rows, 1 / eta), policy, outside))
+        closed += np.sum(~is_open)
+        known = np.asarray(law(logits, weight, scored, root, policy, outside, 'paper'))
+        for kind in range(6):
+            rest = random.choice([0.0, 1 / eta], weight.shape) if kind > 2 else random.uniform(0, 1 / eta, weight.shape)
+            rest = np.full_like(rest, kind / eta) if kind < 2 else rest
+            whole = np.where(scored, weight, rest)
+            found = np.asarray(law(logits, whole, candidates, root, policy, outside, 'paper'))
+            if number:
+                np.testing.assert_array_equal(np.isfinite(found[~is_open]), np.isfinite(known[~is_open]))
+                np.testing.assert_allclose(found[~is_open], known[~is_open], atol=1e-5, rtol=0)
+            else:  # one token alone, as if it weighed the least
+                alone = np.zeros(logits.shape, bool)
+                np.put_along_axis(alone, ids[:, :1], True, axis=-1)
+                single = np.asarray(law(logits, np.zeros_like(weight), alone, root, policy, outside, 'paper'))
+                np.testing.assert_array_equal(found[~is_open], single[~is_open])
+                assert np.all(np.isfinite(found[~is_open]).sum(axis=-1) == 1)
+    assert rows < closed < rows * count * 0.9

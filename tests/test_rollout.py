@@ -41,9 +41,9 @@ def _step(params, token, length, cache):
     return jnp.zeros((len(token), 3)) - jnp.array([[0.0, 20.0, 40.0]]), cache
 
 
-def _score(params, root, candidates, length, cache):
-    logit = jnp.where(candidates == B, 60.0, -60.0)[..., None]
-    return types.ValueScores(jnp.zeros((len(root), 1)), logit), cache
+def _score(params, block, length, cache):
+    logit = jnp.where(block.candidates == B, 60.0, -60.0)[..., None]
+    return types.ValueScores(jnp.zeros((*block.roots.shape, 1)), logit), cache
 
 
 SAYS_A = dataclasses.replace(tabular.dyadic_reference(3), step=_step)

@@ -121,7 +121,7 @@ def decode_step(tree, reference, value, scores, answer, prompt, capacity=9):
     for position in range(int(lengths[0]), len(history)):
         token, length = jnp.array([history[position]]), jnp.array([position])
         logits, caches[0] = ask[0](tree.reference_params(), token, length, caches[0])
-        found, caches[1] = ask[1](scores, token, candidates, length, caches[1])
+        found, caches[1] = ask[1](scores, tabular.block_after(token, candidates), length, caches[1])
     return logits[0], found
 
 
@@ -138,9 +138,9 @@ def test_networks_show_the_tables():
         children = [tree.node(answer + (token,)) for token in range(3)]
         np.testing.assert_array_equal(found.candidates[0], scores[prompt, jnp.array(children)])
         if answer:
-            np.testing.assert_array_equal(found.root[0], scores[prompt, node])
+            np.testing.assert_array_equal(found.roots[0, 0], scores[prompt, node])
         else:
-            assert np.isnan(found.root).all()
+            assert np.isnan(found.roots).all()
 
 
 @pytest.mark.parametrize('kind', ('bernoulli', 'categorical', 'mse'))
@@ -171,10 +171,12 @@ def test_guidance_with_exact_values_is_the_optimum(eta, temperature, top_p):
         top_k=jnp.zeros((rows,), jnp.int32), top_p=jnp.full((rows,), top_p),
         reference_temperature=jnp.full((rows,), temperature))
     weight = distribution.log_weight(scores[:, children], jnp.full((1, 1, 1), eta))
+    logits, rule = jnp.asarray(tree.logits[:, nodes], jnp.float32).reshape(rows, 3), ('mean', 'after_sampler')
+    weighing = jax.jit(guidance.weighing_logits, static_argnames=('outside', 'order'))(
+        logits, policy, outside=rule[0], order=rule[1])
     log_probs = jax.jit(guidance.policy_log_probs, static_argnames=('outside', 'order'))(
-        jnp.asarray(tree.logits[:, nodes], jnp.float32).reshape(rows, 3), weight.reshape(rows, 3),
-        jnp.ones((rows, 3), bool), jnp.zeros(rows), jnp.ones((rows,), bool), policy,
-        outside='mean', order='after_sampler')
+        logits, weighing, weight.reshape(rows, 3), jnp.ones((rows, 3), bool), jnp.zeros(rows),
+        jnp.ones((rows,), bool), policy, outside=rule[0], order=rule[1])
     optimum = tree.optimal_policy(eta, reference)[:, nodes].reshape(rows, 3)
     np.testing.assert_allclose(np.exp(log_probs), optimum, atol=1e-6 if eta >= 0.1 else 4e-6)
 
@@ -207,7 +209,7 @@ def test_dyadic_networks_read_the_history_and_nothing_else():
     other, _ = reference.step(None, jnp.array([5]), jnp.array([2]), second)
     assert (other[0] != logits[1]).any()
     candidates, lengths = jnp.array([[0, 7]] * 3), jnp.array([2, 2, 2])
-    scores, kept = value.score(None, jnp.array([4, 4, 4]), candidates, lengths, cache)
-    following, _ = value.score(None, jnp.array([7, 7, 7]), candidates, lengths + 1, kept)
-    np.testing.assert_array_equal(following.root, scores.candidates[:, 1])
+    scores, kept = value.score(None, tabular.block_after(jnp.array([4, 4, 4]), candidates), lengths, cache)
+    following, _ = value.score(None, tabular.block_after(jnp.array([7, 7, 7]), candidates), lengths + 1, kept)
+    np.testing.assert_array_equal(following.roots[:, 0], scores.candidates[:, 1])
     np.testing.assert_array_equal(kept['tokens'], after['tokens'])

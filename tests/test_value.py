@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qsharp_jax import types
 from qsharp_jax.models import networks, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.value import ValueConfig
+from tests import tabular
 from tests import test_transformer as helpers
 from tests.test_transformer import FAMILIES, full_hidden, make_params, make_tokens, positions_of, quick_jit, TINY
 
@@ -62,16 +64,69 @@ def test_packed_candidates_equal_separate_forwards(config, value_config):
     length, rows = jnp.array([4, 2, 3]), jnp.arange(3)
     cache = quick_jit(functools.partial(value.prefill, start=0))(params, tokens[:, :4], length, value.init_cache(3, 10))
     for _ in range(3):
-        scores, cache = score(params, tokens[rows, length], candidates, length, cache)
+        scores, cache = score(params, tabular.block_after(tokens[rows, length], candidates), length, cache)
         for slot in range(4):
             # One plain sequence a row, with this candidate as its next token; what follows it cannot matter.
             alone = tokens.at[rows, length + 1].set(candidates[:, slot])
             expected = sequence_scores(config, value_config, params, alone)
             np.testing.assert_allclose(scores.candidates[:, slot], expected[rows, length + 1], atol=1e-5, rtol=0)
             if value.scores_root:
-                np.testing.assert_allclose(scores.root, expected[rows, length], atol=1e-5, rtol=0)
-        assert value.scores_root or np.all(np.isnan(scores.root))
+                np.testing.assert_allclose(scores.roots[:, 0], expected[rows, length], atol=1e-5, rtol=0)
+        assert value.scores_root or np.all(np.isnan(scores.roots))
         length = length + 1
+
+
+@kinds
+@pytest.mark.parametrize('scan', [False, True])
+def test_rows_of_a_block_have_any_number_of_real_tokens(scan, value_config):
+    """Several chosen tokens at once, and candidates behind any of them, in passes of every budget."""
+    if scan and value_config.extra_layers:
+        value_config = dataclasses.replace(value_config, extra_input='stream')
+    config = dataclasses.replace(TINY, scan_layers=scan)
+    params = shaken(value_config, config)
+    value, plain = networks.value(config, value_config), TINY
+    score, separate = quick_jit(value.score), dict(params)
+    separate['trunk'] = transformer.separate_layers(
+        params['trunk'], value_lib.trunk_config(value_config, config))
+    rng, rows = np.random.default_rng(0), 6
+    tokens, length = make_tokens((rows, 12)), np.array([5, 1, 3, 2, 4, 1])
+    cache = quick_jit(functools.partial(value.prefill, start=0))(
+        params, tokens[:, :5], jnp.asarray(length), value.init_cache(rows, 12))
+    for most in (3, 2, 1):
+        for share in (0.0, 0.1, 0.3, 0.6, 1.0):
+            known = rng.integers(0, most + 1, rows) if share < 1 else np.full(rows, most)
+            if share == 0.0:
+                known[:] = 0
+            block = types.ValueBlock(
+                roots=jnp.asarray(np.take_along_axis(np.asarray(tokens), length[:, None] + np.arange(most), axis=1)),
+                known=jnp.asarray(known), candidates=make_tokens((rows, 5), seed=8),
+                parents=jnp.asarray(rng.integers(-value.scores_root, np.maximum(known, 1)[:, None], (rows, 5))),
+                wanted=jnp.asarray((rng.random((rows, 5)) < share) & ((known > 0) | value.scores_root)[:, None]))
+            parents = np.where(known[:, None] > 0, block.parents, -1)
+            block = block.replace(parents=jnp.asarray(parents))
+            scores, new = score(params, block, jnp.asarray(length), cache)
+            for slot in range(5):
+                place = length + parents[:, slot] + 1
+                alone = tokens.at[np.arange(rows), place].set(block.candidates[:, slot])
+                expected = np.asarray(sequence_scores(plain, value_config, separate, alone))[np.arange(rows), place]
+                np.testing.assert_allclose(
+                    np.where(block.wanted[:, slot, None], scores.candidates[:, slot], expected), expected,
+                    atol=1e-5, rtol=0)
+            expected = np.asarray(sequence_scores(plain, value_config, separate, tokens))
+            for number in range(most if value.scores_root else 0):
+                true = expected[np.arange(rows), length + number]
+                found = np.where((number < known)[:, None], scores.roots[:, number], true)
+                np.testing.assert_allclose(found, true, atol=1e-5, rtol=0)
+        cache, length = new, length + known  # the last: every root was real
+
+
+def test_a_block_without_real_tokens_runs_no_layer():
+    value = networks.value(TINY, TRUNCATED)
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), shaken(TRUNCATED))
+    block = types.ValueBlock(*(jnp.zeros(shape, jnp.int32) for shape in ((4, 2), (4,), (4, 3), (4, 3))),
+                             jnp.zeros((4, 3), bool))
+    scores, cache = jax.jit(value.score)(params, block, jnp.ones(4, jnp.int32), value.init_cache(4, 8))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((scores, cache)))
 
 
 @kinds
@@ -81,9 +136,9 @@ def test_candidates_may_come_in_chunks_of_any_order(value_config):
     score = quick_jit(value.score)
     tokens, candidates, length = make_tokens((2, 4)), make_tokens((2, 6), seed=8), jnp.array([3, 2])
     cache = quick_jit(functools.partial(value.prefill, start=0))(params, tokens[:, :3], length, value.init_cache(2, 6))
-    whole, _ = score(params, tokens[:, 3], candidates, length, cache)
-    first, cache = score(params, tokens[:, 3], candidates[:, 3:], length, cache)
-    second, _ = score(params, tokens[:, 3], candidates[:, :3], length, cache)
+    whole, _ = score(params, tabular.block_after(tokens[:, 3], candidates), length, cache)
+    first, cache = score(params, tabular.block_after(tokens[:, 3], candidates[:, 3:]), length, cache)
+    second, _ = score(params, tabular.block_after(tokens[:, 3], candidates[:, :3]), length, cache)
     parts = jnp.concatenate([second.candidates, first.candidates], axis=1)
     np.testing.assert_allclose(whole.candidates, parts, atol=1e-5, rtol=0)
 
@@ -298,7 +353,7 @@ def test_parameters_to_decode_with_give_the_same_scores(name, value_config):
     @quick_jit
     def scored(params):
         cache = value.prefill(params, tokens, lengths, value.init_cache(3, 16), 0)
-        return value.score(params, tokens[:, 0], candidates, lengths, cache)
+        return value.score(params, tabular.block_after(tokens[:, 0], candidates), lengths, cache)
 
     jax.tree.map(np.testing.assert_array_equal, scored(params), scored(fewer))
     halves = {str(leaf.dtype) for leaf in jax.tree.leaves(fewer['trunk'])}

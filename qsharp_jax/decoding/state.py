@@ -20,7 +20,9 @@ class DecodeState:
 
     Attributes:
       reference_cache: slots 0 .. length-1 of each row hold the prompt and the answer so far without `pending`.
-      value_cache: likewise, for the value network; None where nothing is guided.
+      value_cache: slots 0 .. value_length-1 of each row hold the same for the value network; None where nothing is
+        guided.
+      value_length: at most `length`: what is chosen goes in when a value is needed.  # [B] int32
       prompt_length: tokens of the prompt, at least 1.  # [B] int32
       pending: the last token of prompt + answer; its position is `length`.  # [B] int32
       tokens: the answer; entries at or beyond `count` mean nothing.  # [B, T] int32
@@ -29,13 +31,15 @@ class DecodeState:
       ended: whether the last token of the answer is an end-of-sequence token.  # [B] bool
       keys: one key per row; the noise of answer position t is `fold_in(key, t)`.  # [B] keys
       kl: Σ over the answer's tokens of KL(policy ‖ reference), in nats.  # [B]
-      values: expected return of each chosen token, NaN where it was not scored.  # [B, T]
+      values: expected return of each chosen token, NaN where it is not known.  # [B, T]
+      log_weight: of the pending token, as it was scored; NaN where it is not known.  # [B]
       value_tokens: tokens that the value network was given for this row by steps: chosen ones and candidates, also for
         tokens that were cut off since.  # [B] int32
     """
 
     reference_cache: Cache
     value_cache: Cache
+    value_length: Array
     prompt_length: Array
     pending: Array
     tokens: Array
@@ -45,6 +49,7 @@ class DecodeState:
     keys: Array
     kl: Array
     values: Array
+    log_weight: Array
     value_tokens: Array
 
     @property
@@ -133,6 +138,7 @@ def prefill(reference: Reference, value: Value | None, reference_params: Params,
     return DecodeState(
         reference_cache=filled(reference, reference_params, reference_before),
         value_cache=None if value is None else filled(value, value_params, value_before),
+        value_length=lengths - 1,
         prompt_length=lengths,
         pending=jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0],
         tokens=jnp.zeros((unique, buffer), jnp.int32),
@@ -142,6 +148,7 @@ def prefill(reference: Reference, value: Value | None, reference_params: Params,
         keys=jnp.broadcast_to(jax.random.key(0), (unique,)),
         kl=jnp.zeros(unique, jnp.float32),
         values=jnp.full((unique, buffer), jnp.nan, jnp.float32),
+        log_weight=jnp.full(unique, jnp.nan, jnp.float32),
         value_tokens=jnp.zeros(unique, jnp.int32),
     )
 
@@ -205,12 +212,14 @@ def rewind(state: DecodeState, kept: Array, limit: Array, keys: Array, eos_ids: 
     written = jnp.arange(state.tokens.shape[1])[None, :] < kept[:, None]
     return sharding.constrain_rows(dataclasses.replace(
         state,
+        value_length=jnp.minimum(state.value_length, state.prompt_length + kept - 1),
         pending=jnp.where(kept > 0, last, state.pending),
         count=kept,
         limit=limit,
         ended=is_eos(last, eos_ids) & (kept > 0),
         keys=keys,
         kl=jnp.zeros_like(state.kl),
+        log_weight=jnp.full_like(state.log_weight, jnp.nan),
         tokens=jnp.where(written, state.tokens, 0),
         values=jnp.where(written, state.values, jnp.nan),
     ), like=kept)

@@ -11,6 +11,7 @@ import numpy as np
 from qsharp_jax import sharding
 from qsharp_jax.models.cache import slots_last
 from qsharp_jax.models.layers import Linear, MLP, Norm, TransformerConfig
+from qsharp_jax.models.ragged import Ragged
 from qsharp_jax.types import Array
 
 HIDDEN = -1e30  # the score of a key that is not seen: finite, so that no row makes NaN
@@ -24,7 +25,7 @@ class Attention(nn.Module):
     """Grouped-query attention of new tokens to the cache and to one another.
 
     Returns the output [B, T, D] and the new keys [B, Hkv, Dh, T] and values [B, Hkv, T, Dh], laid out as the
-    cache.
+    cache. With a `layout`, input, rotation and output are of its tokens, [G, N, ...]; the rest is of rows.
     """
 
     config: TransformerConfig
@@ -37,6 +38,7 @@ class Attention(nn.Module):
         block_mask: Array,  # [B, T, T]
         cached: tuple[Array, ...] | None,  # [B, Hkv, Dh, S], [B, Hkv, S, Dh]; or twice [B, N, Hkv, S, Dh], which of N
         cache_mask: Array | None,  # [B, 1 or T, S]
+        layout: Ragged | None,
     ) -> tuple[Array, Array, Array]:
         config = self.config
         width, head_dim = config.width, config.head_dim
@@ -54,8 +56,13 @@ class Attention(nn.Module):
             key = Norm(config, axis=None, name='key_norm')(key)
         if rotation is not None:
             query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+        if layout is not None:
+            batch = block_mask.shape[0]
+            query, key, value = (layout.scatter(part, batch) for part in (query, key, value))
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
         mixed = self._attend((query, key, value, block_mask), cached, cache_mask)
+        if layout is not None:
+            mixed = layout.gather(mixed)
         axes = 'heads', 'head_dim', 'embed'
         inputs = config.heads, head_dim
         output = Linear(config, inputs, (width,), axes, config.out_bias, out_scale, name='output')(mixed)
@@ -100,11 +107,12 @@ class Block(nn.Module):
         block_mask: Array,
         cached: tuple[Array, ...] | None,
         cache_mask: Array | None,
+        layout: Ragged | None,
     ) -> tuple[Array, Array, Array]:
         config = self.config
         normed = Norm(config, name='attention_norm')(x)
         attention = Attention(config, name='attention')
-        mixed, key, value = attention(normed, rotation, block_mask, cached, cache_mask)
+        mixed, key, value = attention(normed, rotation, block_mask, cached, cache_mask, layout)
         if config.output_norms:
             mixed = Norm(config, name='attention_output_norm')(mixed)
         x = x + mixed

@@ -58,13 +58,23 @@ def slots_last(config: TransformerConfig) -> tuple[bool, bool]:
     return (config.head_dim % _LANES > 0,) * 2 if config.scan_layers else (True, False)
 
 
-def once_known(slots: Array, x: Array, capacity: int) -> Array:
-    """Returns `slots` [B], which then depend on what a layer gave, [B, T, D]: what it read must not be written before.
+def write_all(cache: KVCache, new: KVCache, start: Array | None, hidden: Array) -> KVCache:
+    """Returns a cache of separate layers with the keys and values of new tokens in it.
 
-    XLA is free to write a cache before it is read, and on CPU then copies every cache in every step to keep what was
-    there. A row whose stream is NaN is not written.
+    Args:
+      cache: of all layers.
+      new: of as many tokens as are to be written; a slot beyond the capacity is not.
+      start: their first slot of each row, [B]; None: 0.
+      hidden: what the layers made of the new tokens, [B, T, D]. XLA is free to write a cache before the layer has read
+        it, and on CPU then copies every cache in every step to keep what was there: so slots are made to depend on the
+        last output. A row whose stream is NaN is not written.
     """
-    return jnp.where(jnp.isnan(x[:, 0, 0]), capacity, slots)
+    if not new.keys[0].shape[-1]:
+        return cache
+    if start is not None:
+        start = jnp.where(jnp.isnan(hidden[:, 0, 0]), cache.keys[0].shape[-1], start)
+    return KVCache(tuple(write(old, part, start, axis=-1) for old, part in zip(cache.keys, new.keys)),
+                   tuple(write(old, part, start, axis=-2) for old, part in zip(cache.values, new.values)))
 
 
 def write(array: Array, new: Array, start: Array | None, axis: int, layer: Array | None = None) -> Array:

@@ -7,11 +7,13 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax.models import transformer
+from qsharp_jax.models import cache as cache_lib
+from qsharp_jax.models import ragged, transformer
 from qsharp_jax.models import value as value_lib
+from qsharp_jax.models.ragged import Ragged
 from qsharp_jax.models.transformer import KVCache, TransformerConfig
 from qsharp_jax.models.value import ValueConfig
-from qsharp_jax.types import Array, Params, Reference, Value, ValueScores
+from qsharp_jax.types import Array, Params, Reference, Value, ValueBlock, ValueScores
 
 
 def reference(config: TransformerConfig, vocab_size: int | None = None, holes: Collection[int] = ()) -> Reference:
@@ -35,8 +37,8 @@ def reference(config: TransformerConfig, vocab_size: int | None = None, holes: C
         raise ValueError(f'none of the {real} ids has a token.')
 
     def step(params: Params, token: Array, length: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        alone = jnp.ones((1, 1), bool)
-        hidden, cache = _append(config, params, token[:, None], length[:, None], alone, cache)
+        hidden, cache = transformer.extend(
+            config, params, cache, length, token[:, None], length[:, None], transformer.causal_mask(1), commit=1)
         logits = transformer.logits(config, params, hidden[:, 0])
         if real < config.vocab_size:
             logits = logits[:, :real]
@@ -57,27 +59,41 @@ def value(config: TransformerConfig, value_config: ValueConfig) -> Value:
     def prefill(params: Params, tokens: Array, lengths: Array, cache: KVCache, start: int) -> KVCache:
         return _prefill(trunk, params['trunk'], tokens, lengths, cache, start)
 
-    def score(
-        params: Params, root: Array, candidates: Array, length: Array, cache: KVCache,
-    ) -> tuple[ValueScores, KVCache]:
-        batch, count = candidates.shape
-        tokens, positions, mask = root[:, None], length[:, None], jnp.ones((1, 1), bool)
-        if not q_type:
-            tokens = jnp.concatenate([tokens, candidates], axis=1)
-            positions = jnp.concatenate([positions, jnp.broadcast_to(positions + 1, (batch, count))], axis=1)
-            mask = candidate_mask(count)
-        hidden, cache = _append(trunk, params['trunk'], tokens, positions, mask, cache)
+    def score(params: Params, block: ValueBlock, length: Array, cache: KVCache) -> tuple[ValueScores, KVCache]:
+        roots = block.roots.shape[1]
+        tokens, positions = block.roots, length[:, None] + jnp.arange(roots)[None]
+        mask, real = transformer.causal_mask(roots), block.real
         if q_type:
-            hidden, tokens = jnp.broadcast_to(hidden, (batch, count, trunk.width)), candidates
-        scores = value_lib.head_scores(value_config, trunk, params, hidden, tokens)
-        if q_type:
-            unknown = jnp.full((batch, value_config.num_scores), jnp.nan)
-            return ValueScores(root=unknown, candidates=scores), cache
-        return ValueScores(root=scores[:, 0], candidates=scores[:, 1:]), cache
+            real = real[:, :roots]
+        else:
+            tokens = jnp.concatenate([tokens, block.candidates], axis=1)
+            positions = jnp.concatenate([positions, length[:, None] + block.parents + 1], axis=1)
+            mask = block_mask(roots, block.parents)
+
+        def head(hidden: Array) -> ValueScores:
+            if q_type:
+                before = jnp.take_along_axis(hidden, jnp.maximum(block.parents, 0)[..., None], axis=1)
+                scores = value_lib.head_scores(value_config, trunk, params, before, block.candidates)
+                return ValueScores(jnp.full((*block.roots.shape, value_config.num_scores), jnp.nan), scores)
+            scores = value_lib.head_scores(value_config, trunk, params, hidden, tokens)
+            return ValueScores(roots=scores[:, :roots], candidates=scores[:, roots:])
+
+        if trunk.scan_layers:  # it computes padding, and writes as it goes
+            hidden, cache = transformer.extend(
+                trunk, params['trunk'], cache, length, tokens, positions, mask, commit=roots)
+            return head(hidden), cache
+
+        def run(layout: Ragged | None) -> tuple[ValueScores, Array, KVCache]:
+            hidden, new = transformer.read(
+                trunk, params['trunk'], cache, length, tokens, positions, mask, commit=roots, layout=layout)
+            return head(hidden), hidden, new
+
+        scores, hidden, new = ragged.by_budget(run, real, like=length)
+        return scores, cache_lib.write_all(cache, new, length, hidden)
 
     return Value(
         init_cache=functools.partial(transformer.init_cache, trunk), prefill=prefill, score=score,
-        scores_root=not q_type)
+        scores_root=not q_type, ragged=not trunk.scan_layers)
 
 
 def value_scores(
@@ -116,9 +132,16 @@ def reference_logits(
     return transformer.logits(config, params, hidden)
 
 
-def candidate_mask(count: int) -> Array:
-    """Returns [1 + count, 1 + count] bool: the root and then candidates that see the root and themselves."""
-    return jnp.eye(1 + count, dtype=bool).at[:, 0].set(True)
+def block_mask(roots: int, parents: Array) -> Array:
+    """Returns whether new token i (row) sees new token j (column): roots, then candidates.  # [B, C] -> [B, T, T] bool
+
+    A root sees those up to itself, a candidate those up to its parent and itself.
+    """
+    batch, count = parents.shape
+    last = jnp.concatenate([jnp.broadcast_to(jnp.arange(roots)[None], (batch, roots)), parents], axis=1)
+    sees_roots = jnp.arange(roots)[None, None] <= last[..., None]
+    itself = jnp.eye(roots + count, dtype=bool)[None, :, roots:]
+    return jnp.concatenate([sees_roots, jnp.broadcast_to(itself, (batch, roots + count, count))], axis=2)
 
 
 def _prefill(
@@ -132,11 +155,3 @@ def _prefill(
     mask = transformer.causal_mask(length)
     _, filled = transformer.extend(config, params, cache, held, tokens, positions, mask, commit=length)
     return filled
-
-
-def _append(
-    config: TransformerConfig, params: Params, tokens: Array, positions: Array, mask: Array, cache: KVCache,
-) -> tuple[Array, KVCache]:
-    """Returns the hidden states of new tokens after positions[:, 0] cached ones; keeps the first token."""
-    length = positions[:, 0]
-    return transformer.extend(config, params, cache, length, tokens, positions, mask, commit=1)

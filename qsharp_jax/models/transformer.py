@@ -19,12 +19,13 @@ from qsharp_jax.models import cache as cache_lib
 from qsharp_jax.models.attention import Block
 from qsharp_jax.models.cache import init_cache, KVCache, slots_last
 from qsharp_jax.models.layers import Norm, parameter, rope_frequencies, RopeScaling, TransformerConfig
+from qsharp_jax.models.ragged import Ragged
 from qsharp_jax.types import Array, Params
 
 __all__ = [
     'KVCache', 'LAYER', 'RopeScaling', 'STACK', 'Transformer', 'TransformerConfig', 'axis_names', 'causal_mask',
     'count_params', 'decoding_params', 'extend', 'hidden_states', 'init_cache', 'init_params', 'logical_axes', 'logits',
-    'param_shapes', 'param_shardings', 'separate_layers', 'stack_layers']
+    'param_shapes', 'param_shardings', 'read', 'separate_layers', 'stack_layers']
 
 
 LAYER = 'layers_'  # begins the name of a layer in a tree of parameters, before its number
@@ -74,20 +75,25 @@ class Transformer(nn.Module):
         cache: KVCache | None,
         cache_length: Array | None,
         commit: int,
+        layout: Ragged | None = None,
     ) -> tuple[Array, KVCache | None]:
+        """Returns hidden states and, where layers are scanned, the new cache; else what the cache is to get."""
         config = self.config
+        batch, row_positions = tokens.shape[0], positions
+        if layout is not None:
+            tokens, positions = layout.gather(tokens), layout.gather(positions)
         x = jnp.take(self.embedding, tokens, axis=0, mode='clip').astype(config.dtype)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, config.dtype)
         if config.positions == 'learned':
             x = x + jnp.take(self.position_embedding, positions, axis=0, mode='clip').astype(config.dtype)
-        block_mask = jnp.broadcast_to(block_mask, (tokens.shape[0], *block_mask.shape[-2:]))
+        block_mask = jnp.broadcast_to(block_mask, (batch, *block_mask.shape[-2:]))
         cache_mask = None
         if cache is not None and cache_length is not None:
             cache_mask = (jnp.arange(cache_lib.capacity(config, cache))[None] < cache_length[:, None])[:, None]
         # What layers of one window share: how tokens are rotated, and which of them see which.
         windows = sorted({config.window(index) for index in range(config.layers)})
-        shared = [(_rotation(config, positions, window > 0), *_within(window, positions, block_mask, cache_mask))
+        shared = [(_rotation(config, positions, window > 0), *_within(window, row_positions, block_mask, cache_mask))
                   for window in windows]
         which = [windows.index(config.window(index)) for index in range(config.layers)]
         if config.scan_layers:
@@ -100,12 +106,11 @@ class Transformer(nn.Module):
                 x = self._restarted(x, embedded)
             old = None if cache is None else (cache.keys[index], cache.values[index])
             rotation, seen, cache_seen = shared[which[index]]
-            x, key, value = layer(x, rotation, seen, None if cache_seen is None else old, cache_seen)
-            if old is not None:
-                start = cache_length if cache_seen is None else cache_lib.once_known(cache_length, x, old[0].shape[-1])
-                keys.append(cache_lib.write(old[0], key[..., :commit], start, axis=-1))
-                values.append(cache_lib.write(old[1], value[:, :, :commit], start, axis=-2))
-        return self.final_norm(x), None if cache is None else KVCache(tuple(keys), tuple(values))
+            x, key, value = layer(x, rotation, seen, None if cache_seen is None else old, cache_seen, layout)
+            keys.append(key[..., :commit])
+            values.append(value[:, :, :commit])
+        x = self.final_norm(x)
+        return x if layout is None else layout.scatter(x, batch), KVCache(tuple(keys), tuple(values))
 
     def _restarted(self, x: Array, embedded: Array) -> Array:
         return self.restart_norm(x) + self.restart_token_norm(embedded)
@@ -132,7 +137,7 @@ class Transformer(nn.Module):
             if cache is not None and cache_seen is not None:
                 old = cache.keys[0], cache.values[0], index
             x, key, value = cast(tuple[Array, Array, Array], self.block.apply(
-                {'params': params}, x, rotation, seen, old, cache_seen))
+                {'params': params}, x, rotation, seen, old, cache_seen, None))
             if cache is not None:
                 last = slots_last(config)[0]
                 new = (key, value.swapaxes(-1, -2)) if last else (key.swapaxes(-1, -2), value)
@@ -218,6 +223,38 @@ def hidden_states(
     return cast(Array, hidden)
 
 
+def read(
+    config: TransformerConfig,
+    params: Params,
+    cache: KVCache,
+    cache_length: Array | None,  # [B]
+    tokens: Array,  # [B, T]
+    positions: Array,  # [B, T]
+    mask: Array,  # [T, T] or [B, T, T] bool
+    commit: int,
+    layout: Ragged | None = None,
+) -> tuple[Array, KVCache]:
+    """Returns the normalised hidden states [B, T, D] of tokens after the cached ones, and what the cache is to get.
+
+    The arguments are those of `extend`, which also writes; the cache is only read. Not for scanned layers.
+
+    Args:
+      config: the decoder.
+      params: its parameters.
+      cache: keys and values of earlier tokens.
+      cache_length: number of slots of each row that the new tokens see.
+      tokens: the new tokens.
+      positions: the position of each of them.
+      mask: whether new token i (row) sees new token j (column).
+      commit: of how many leading new tokens keys and values are returned, for `cache.write_all`.
+      layout: of the tokens that are computed, no others: none of them may see another. None computes all.
+    """
+    assert not config.scan_layers
+    out = Transformer(config).apply(
+        {'params': params}, tokens, positions, mask, cache, cache_length, commit, layout)
+    return cast(tuple[Array, KVCache], out)
+
+
 def extend(
     config: TransformerConfig,
     params: Params,
@@ -248,9 +285,11 @@ def extend(
         raise ValueError(f'commit is {commit}, but only {tokens.shape[1]} new tokens are given.')
     if commit > cache_lib.capacity(config, cache):
         raise ValueError(f'{commit} tokens do not fit into a cache of {cache_lib.capacity(config, cache)} slots.')
-    out = Transformer(config).apply(
-        {'params': params}, tokens, positions, mask, cache, cache_length, commit)
-    return cast(tuple[Array, KVCache], out)
+    if config.scan_layers:
+        out = Transformer(config).apply({'params': params}, tokens, positions, mask, cache, cache_length, commit)
+        return cast(tuple[Array, KVCache], out)
+    hidden, new = read(config, params, cache, cache_length, tokens, positions, mask, commit)
+    return hidden, cache_lib.write_all(cache, new, cache_length, hidden)
 
 
 def logits(config: TransformerConfig, params: Params, hidden: Array) -> Array:

@@ -1,0 +1,84 @@
+"""Passes over the real tokens of a batch whose rows have different numbers of them."""
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from qsharp_jax import sharding
+from qsharp_jax.types import Array
+
+_BUDGETS = (1, 2, 4, 8)  # tokens of a pass, in multiples of the rows: passes of other sizes are not compiled
+_LEAST = 4  # tokens: a pass over fewer takes as long
+
+
+@struct.dataclass
+class Ragged:
+    """The real tokens of a batch, one behind the other, and where they are in rows of one length.
+
+    Everything but attention works on the tokens alone; attention works on rows. A shard of the batch has tokens of its
+    own, so that none crosses devices.
+
+    Attributes:
+      places: of each token in the rows of its shard, laid one behind the other.  # [G, N] int32
+      tokens: the token in each place, anything where there is none.  # [G, B / G * T] int32
+    """
+
+    places: Array
+    tokens: Array
+
+    def gather(self, rows: Array) -> Array:
+        """Returns the tokens of rows.  # [B, T, ...] -> [G, N, ...]"""
+        flat = rows.reshape(self.places.shape[0], -1, *rows.shape[2:])
+        return _take(flat, self.places)
+
+    def scatter(self, flat: Array, batch: int) -> Array:
+        """Returns rows that hold the tokens, and anything elsewhere.  # [G, N, ...] -> [B, T, ...]"""
+        return _take(flat, self.tokens).reshape(batch, -1, *flat.shape[2:])
+
+
+def layout(real: Array, shards: int, budget: int) -> Ragged:
+    """Returns where the real tokens are, of which no shard has more than `budget`.  # real: [B, T] bool"""
+    flat = real.reshape(shards, -1)
+    tokens = jnp.cumsum(flat, axis=1, dtype=jnp.int32) - 1
+    place = jnp.broadcast_to(jnp.arange(flat.shape[1], dtype=jnp.int32), flat.shape)
+    target = jnp.where(flat, tokens, budget)  # out of range: dropped
+    empty = jnp.zeros((shards, budget), jnp.int32)
+    places = jax.vmap(lambda empty, target, place: empty.at[target].set(place, mode='drop'))(empty, target, place)
+    return Ragged(places, jnp.where(flat, tokens, 0))
+
+
+def by_budget(run: Callable[[Ragged | None], Any], real: Array, like: Array) -> Any:
+    """Returns what `run` makes of a layout with little more room than there are real tokens: of None, if of most.
+
+    Without a real token nothing is run, and all is zero. What `run` closes over must only be read: XLA copies what a
+    branch would write.
+
+    Args:
+      run: from a layout to a tree of arrays, whose shapes do not depend on it.
+      real: which tokens are.  # [B, T] bool
+      like: as in `sharding.constrain_rows`.
+    """
+    shards = sharding.row_shards(like)
+    rows, whole = real.shape[0] // shards, real.size // shards
+    budgets = [rows * times for times in _BUDGETS if _LEAST <= rows * times < whole]
+
+    def nothing() -> Any:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, None))
+
+    def some(budget: int) -> Any:
+        return run(layout(real, shards, budget))
+
+    branches: list[Callable[[], Any]] = [
+        nothing, *(functools.partial(some, budget) for budget in budgets), functools.partial(run, None)]
+    most = jnp.max(jnp.sum(real.reshape(shards, -1), axis=1, dtype=jnp.int32))
+    return jax.lax.switch(jnp.sum(most > jnp.asarray([0, *budgets])), branches)
+
+
+def _take(array: Array, index: Array) -> Array:
+    """# [G, N, ...], [G, M] -> [G, M, ...]"""
+    return jax.vmap(lambda array, index: jnp.take(array, index, axis=0, mode='clip'))(array, index)
