@@ -236,18 +236,13 @@ def read(
 ) -> tuple[Array, KVCache]:
     """Returns the normalised hidden states [B, T, D] of tokens after the cached ones, and what the cache is to get.
 
-    The arguments are those of `extend`, which also writes; the cache is only read. Not for scanned layers.
+    The arguments are those of `extend`, which also writes; here the cache is only read. Not for scanned layers.
 
     Args:
-      config: the decoder.
-      params: its parameters.
-      cache: keys and values of earlier tokens.
-      cache_length: number of slots of each row that the new tokens see.
-      tokens: the new tokens.
-      positions: the position of each of them.
-      mask: whether new token i (row) sees new token j (column).
+      config, params, cache, cache_length, tokens, positions, mask: as in `extend`.
       commit: of how many leading new tokens keys and values are returned, for `cache.write_all`.
-      layout: of the tokens that are computed, no others: none of them may see another. None computes all.
+      layout: names the tokens that are computed; these must see none of the others, whose states mean nothing. None
+        computes all.
     """
     assert not config.scan_layers
     out = Transformer(config).apply(
