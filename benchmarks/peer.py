@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 import platform
 import time
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from safetensors.torch import load_file
@@ -24,7 +24,7 @@ from transformers.generation import logits_process
 from benchmarks import workload
 from benchmarks.workload import Guide
 
-Tensor = torch.Tensor
+Tensor: TypeAlias = torch.Tensor
 
 
 class ValueGuidance(transformers.LogitsProcessor):
