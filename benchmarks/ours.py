@@ -21,7 +21,8 @@ from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
 from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.data.tokenizers import Tokenizer
-from qsharp_jax.decoding.step import law, score_candidates
+from qsharp_jax.decoding.candidates import score_candidates
+from qsharp_jax.decoding.step import law
 from qsharp_jax.models import networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import export
@@ -120,7 +121,7 @@ class Side:
         made = int(state.count.sum())
         assert made == batch * tokens, (made, batch, tokens)
         return {'seconds': seconds, 'tokens': made, 'kl_per_token': float(state.kl.sum()) / made,
-                'value_tokens': int(state.value_tokens.sum())}
+                'value_tokens': int(state.value_tokens.sum()), 'reference_tokens': int(state.reference_tokens.sum())}
 
     def work(self, prompt: int, layers: int, guide: dict[str, Any]) -> dict[str, float]:
         """Returns the parameters that a step reads and the FLOPs of one token, at the beginning of an answer.
@@ -225,7 +226,7 @@ class Side:
         if guide.etas is None:
             return reference, decoding.Guidance(), params, None
         how = decoding.Guidance(value=value, distribution=self._distribution, candidates=guide.candidates,
-                                outside=guide.outside, order=guide.order, offset=guide.offset)
+                                outside=guide.outside, order=guide.order, offset=guide.offset, draft=guide.draft)
         return reference, how, params, self._value(layers)[1]
 
     @functools.cache
@@ -328,7 +329,8 @@ def _law(reference: Reference, how: decoding.Guidance, params: Params, values: P
     logits, cache = reference.step(params, state.pending, state.length, state.reference_cache)
     state, scored = dataclasses.replace(state, reference_cache=cache), None
     if how.value is not None:
-        scored, state = score_candidates(how, values, state, policy, logits)
+        nothing = jnp.zeros((len(logits), 0), jnp.int32)
+        scored, state = score_candidates(how, values, state, policy, logits[:, None], nothing, state.active[:, None])
     return law(how, policy, state.count, logits, scored), state
 
 

@@ -34,6 +34,7 @@ class Guide:
       offset: 'qsharp' or 'cd', likewise.
       outside: likewise; 'zero' is the official code's for this kind of head.
       candidates: likewise.
+      draft: likewise.
       temperature: of the sampler.
       top_p: of the sampler.
     """
@@ -43,6 +44,7 @@ class Guide:
     offset: str = 'qsharp'
     outside: str = 'zero'
     candidates: int = 20
+    draft: int = 0
     temperature: float = 0.8
     top_p: float = 0.9
 

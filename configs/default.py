@@ -173,6 +173,9 @@ def guidance() -> ml_collections.ConfigDict:
     """How values become offsets on the reference's logits."""
     config = ml_collections.ConfigDict()
     config.candidates = 20  # most probable tokens that are scored at each step
+    # Tokens that the reference writes ahead of a pass of the value network, which then judges them all: fewer passes,
+    # some work in vain, and no answer changes. For small batches and a large value network; 0: none.
+    config.draft = 0
     config.outside = 'mean'  # weight of the others: 'zero' | 'remove' | 'min' | 'mean' | 'soft_bellman'
     config.order = 'paper'  # 'paper': guide, then temperature and top-p | 'after_sampler': the other way about
     config.offset = 'qsharp'  # 'qsharp': log E exp(Z/eta) | 'cd': E[Z]/eta | 'fudge': log of the mean

@@ -79,6 +79,7 @@ _AT_LEAST: dict[str, int] = {
     'sampling.top_k': 0,
     'sampling.max_new_tokens': 1,
     'guidance.candidates': 1,
+    'guidance.draft': 0,
     'collect.examples': 0,
     'collect.samples': 1,
     'collect.block_examples': 1,

@@ -169,7 +169,8 @@ def _work(experiment: Experiment, prompts: Prompts, guided: bool, drawn: Drawn) 
     return ledger.of_answers(
         ledger.reference_cost(experiment.reference_config), value, prompts=lengths,
         prefilled=ledger.prefilled_shares(lengths, index, units_lib.shared_prefix(prompts)), made=read.count,
-        value_made=read.value_tokens, passes=drawn.passes)
+        reference_made=read.reference_tokens, value_made=read.value_tokens, reference_passes=drawn.reference_passes,
+        value_passes=drawn.value_passes)
 
 
 def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float) -> Row:

@@ -81,7 +81,7 @@ class Experiment:
         guidance = self.config.guidance
         return decoding.Guidance(
             value=self.value, distribution=self.distribution, candidates=guidance.candidates,
-            outside=guidance.outside, order=guidance.order, offset=offset)
+            outside=guidance.outside, order=guidance.order, offset=offset, draft=guidance.draft)
 
     def policies(self, eta: Sequence[float], temperature: Sequence[float]) -> Policy:
         """Returns policies, on the host, with the sampler's top-k and top-p.  # [M], [M] -> [M] each

@@ -94,7 +94,8 @@ def value_cost(config: TransformerConfig, value_config: ValueConfig, candidates:
 
 
 def of_answers(reference: NetworkCost, value: NetworkCost | None, *, prompts: np.ndarray, prefilled: np.ndarray,
-               made: np.ndarray, value_made: np.ndarray, passes: int) -> Work:
+               made: np.ndarray, reference_made: np.ndarray, value_made: np.ndarray, reference_passes: int,
+               value_passes: int) -> Work:
     """Returns the work of answers that are decoded together.
 
     Args:
@@ -103,18 +104,20 @@ def of_answers(reference: NetworkCost, value: NetworkCost | None, *, prompts: np
       prompts: tokens of each answer's prompt.  # [B]
       prefilled: its share of what was prefilled, in tokens.  # [B]
       made: tokens of each answer.  # [B]
-      value_made: tokens that went through the value network while it was written.  # [B]
-      passes: that read the parameters: steps and prefills, of all the answers.
+      reference_made: tokens that went through the reference while it was written.  # [B]
+      value_made: likewise through the value network.  # [B]
+      reference_passes: that read its parameters, in steps and prefills of all the answers.
+      value_passes: likewise.
     """
     keys = prompts + (made - 1) / 2  # that the average token of the answer sees
     value_made = value_made if value is not None else np.zeros_like(made)
     flops, moved = np.zeros(len(made)), np.zeros(len(made))
-    for network, tokens in ((reference, made), (value, value_made)):
+    for network, tokens, passes in ((reference, reference_made, reference_passes), (value, value_made, value_passes)):
         if network is not None:
             flops += network.flops(prefilled, prompts / 2, 0) + network.flops(tokens, keys, tokens)
             moved += network.weights * passes / len(made) + network.cached * (prefilled + made * (keys + 1))
-    return Work(reference_tokens=prefilled + made, value_tokens=(prefilled if value is not None else 0) + value_made,
-                flops=flops, bytes=moved)
+    return Work(reference_tokens=prefilled + reference_made,
+                value_tokens=(prefilled if value is not None else 0) + value_made, flops=flops, bytes=moved)
 
 
 def prefilled_shares(prompts: np.ndarray, rows: np.ndarray, shared: int) -> np.ndarray:

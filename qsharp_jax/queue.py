@@ -34,8 +34,9 @@ class Drawn(NamedTuple):
       units: which they were.
       read: what the task keeps of each, in their order.  # [N, ...] each
       steps: that were made for them.
-      written: tokens that were drawn for them.
-      passes: of the networks over their parameters: steps and prefills.
+      written: steps of rows in which one of them was written.
+      reference_passes: of the reference over its parameters: steps, with what is drafted in them, and prefills.
+      value_passes: of the value network, the further ones of a step not counted.
       occupancy: share of the steps of all rows in which a unit was written.
     """
 
@@ -43,7 +44,8 @@ class Drawn(NamedTuple):
     read: Any
     steps: int
     written: int
-    passes: int
+    reference_passes: int
+    value_passes: int
     occupancy: float
 
 
@@ -153,7 +155,8 @@ class Queue:
                 into[now.owners[rows]] = leaf[rows]
             now.owners[rows] = -1
             ended(len(rows), written / (self._rows * steps))
-        return Drawn(now.units, kept, steps, written, steps + now.prefills, written / (self._rows * steps))
+        return Drawn(now.units, kept, steps, written, steps * self._how.places + now.prefills, steps + now.prefills,
+                     written / (self._rows * steps))
 
     def _fill(self, now: _Progress) -> None:
         """Begins units in the rows that have none."""

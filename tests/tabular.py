@@ -323,17 +323,16 @@ def _write_roots(cache: types.Cache, block: types.ValueBlock, length: jax.Array)
     return cache
 
 
-def _each(root: Callable[[int], jax.Array], candidate: Callable[[jax.Array, jax.Array], jax.Array],
+def _each(root: Callable[[jax.Array], jax.Array], candidate: Callable[[jax.Array, jax.Array], jax.Array],
           block: types.ValueBlock) -> types.ValueScores:
-    """The scores of each token of a block; of those that are not real, NaN."""
-    def stacked(scores, like):  # [..., K] x n -> [B, n, K]
-        return jnp.stack(scores, axis=1) if scores else jnp.zeros((*like.shape, 1))
+    """The scores of each token of a block; of those that are not real, NaN.
 
-    roots = [root(number) for number in range(block.roots.shape[1])]
-    candidates = [candidate(block.candidates[:, number], block.parents[:, number])
-                  for number in range(block.candidates.shape[1])]
-    roots, candidates = stacked(roots, block.roots), stacked(candidates, block.candidates)
-    known = jnp.arange(block.roots.shape[1])[None] < block.known[:, None]
+    `root` is from its number, `candidate` from tokens and parents [B]; both to scores [B, K].
+    """
+    numbers = jnp.arange(block.roots.shape[1])
+    roots = jax.vmap(root, out_axes=1)(numbers)
+    candidates = jax.vmap(candidate, in_axes=1, out_axes=1)(block.candidates, block.parents)
+    known = numbers[None] < block.known[:, None]
     return types.ValueScores(jnp.where(known[..., None], roots, jnp.nan),
                              jnp.where(block.wanted[..., None], candidates, jnp.nan))
 

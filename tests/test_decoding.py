@@ -109,12 +109,12 @@ class Drawn:
 
 
 @functools.cache
-def drawn(order, temperature, top_p, candidates, reference_temperature):
+def drawn(order, temperature, top_p, candidates, reference_temperature, draft=0):
     tree = TREE
     distribution = categorical.make('categorical', -0.5, 1.0, 4)
     sampler = tree.reference(temperature, top_p=top_p)
     law = tree.return_law(sampler)
-    how = decoding.Guidance(TREE_VALUE, distribution, candidates, order=order)
+    how = decoding.Guidance(TREE_VALUE, distribution, candidates, order=order, draft=draft)
     prompt = np.arange(DRAWS) % 2
     state = write(how, policy_of(np.full(DRAWS, ETA), temperature, 0, top_p, reference_temperature), prompt,
                   np.arange(DRAWS) // 2, tree.horizon, prompts=tree.prompts, eos=tree.eos, reference=TREE_REFERENCE,
@@ -129,7 +129,8 @@ def drawn(order, temperature, top_p, candidates, reference_temperature):
 
 
 SETTINGS = pytest.mark.parametrize('setting', (
-    ('paper', 1.0, 1.0, 3, 1.0), ('paper', 0.8, 0.9, 3, 1.0), ('after_sampler', 0.8, 0.9, 1, 0.8)))
+    ('paper', 1.0, 1.0, 3, 1.0), ('paper', 0.8, 0.9, 3, 1.0), ('after_sampler', 0.8, 0.9, 1, 0.8),
+    ('paper', 0.8, 0.9, 3, 1.0, 2)))
 
 
 def chance(answered, prompts, policy):

@@ -87,7 +87,8 @@ def test_the_work_of_a_batch_token_by_token():
     # All but the last token of each prompt: 2 shared, 2 of the first, none of the second.
     np.testing.assert_allclose(shares, [2 / 3 + 1, 2 / 3 + 1, 2 / 3])
     work = ledger.of_answers(reference, value, prompts=prompts, prefilled=shares, made=made,
-                             value_made=made * (1 + candidates), passes=5)
+                             reference_made=made, value_made=made * (1 + candidates), reference_passes=5,
+                             value_passes=5)
     for row in range(3):
         one = shares[row] / (prompts[row] - 1)  # of the tokens of its prompt
         flops = sum(one * network.flops(1, seen, 0) for network in (reference, value)
@@ -101,8 +102,8 @@ def test_the_work_of_a_batch_token_by_token():
     weights = 5 * (reference.weights + value.weights)  # the prefill and four tokens
     slots = sum(prompt + answered + 1 for prompt, count in zip(prompts, made) for answered in range(count))
     assert work.bytes.sum() == pytest.approx(weights + (reference.cached + value.cached) * (shares.sum() + slots))
-    alone = ledger.of_answers(reference, None, prompts=prompts, prefilled=shares, made=made, value_made=made,
-                              passes=5)
+    alone = ledger.of_answers(reference, None, prompts=prompts, prefilled=shares, made=made, reference_made=made,
+                              value_made=made, reference_passes=5, value_passes=5)
     assert not alone.value_tokens.any() and np.all(alone.flops < work.flops) and np.all(alone.bytes < work.bytes)
 
 

@@ -150,7 +150,8 @@ def test_prompts_that_are_prefilled_together_are_those_of_their_units():
     assert units.prefilled_prompts(64, 2, 1) == 4  # of six: the second time two of them twice
     drawn = queue_of(decoding.Answering(MOST), 64).draw(range(6), 2, of)
     assert_same(drawn.read, answered(range(6), 2, of), ANSWER)
-    assert drawn.passes == drawn.steps + 3  # what all begin with, and twice four prompts
+    # What all begin with is prefilled, and twice four prompts.
+    assert drawn.value_passes == drawn.reference_passes == drawn.steps + 3
 
 
 def test_one_unit_alone():

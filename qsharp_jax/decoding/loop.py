@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from qsharp_jax import sharding
+from qsharp_jax.decoding.candidates import Guidance
 from qsharp_jax.decoding.state import DecodeState
-from qsharp_jax.decoding.step import Guidance, step
+from qsharp_jax.decoding.step import step
 from qsharp_jax.types import Params, Policy, Reference
 
 

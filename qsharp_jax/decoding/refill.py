@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from qsharp_jax import sharding
 from qsharp_jax.decoding import state as states
+from qsharp_jax.decoding.candidates import Guidance
 from qsharp_jax.decoding.state import DecodeState
-from qsharp_jax.decoding.step import Guidance, step
+from qsharp_jax.decoding.step import step
 from qsharp_jax.types import Array, Cache, Params, Policy, Reference, Value
 
 
@@ -60,6 +61,7 @@ class Answers(NamedTuple):
     ended: Array  # [B]
     kl: Array  # [B]
     values: Array  # [B, T]
+    reference_tokens: Array  # [B]
     value_tokens: Array  # [B]
 
 
@@ -85,7 +87,8 @@ class Answering:
     def read(self, pool: Pool) -> Answers:
         """Returns the answers."""
         state = pool.state
-        return Answers(state.tokens, state.count, state.ended, state.kl, state.values, state.value_tokens)
+        return Answers(state.tokens, state.count, state.ended, state.kl, state.values, state.reference_tokens,
+                       state.value_tokens)
 
 
 class Orders(NamedTuple):
@@ -171,7 +174,7 @@ class Block(NamedTuple):
     Attributes:
       active: rows that still need tokens.  # [B] bool
       steps: that were made.  # [] int32
-      written: tokens that were drawn for a unit.  # [] int32
+      written: steps of rows in which a unit was written.  # [] int32
     """
 
     active: Array

@@ -33,6 +33,7 @@ class DecodeState:
       kl: Σ over the answer's tokens of KL(policy ‖ reference), in nats.  # [B]
       values: expected return of each chosen token, NaN where it is not known.  # [B, T]
       log_weight: of the pending token, as it was scored; NaN where it is not known.  # [B]
+      reference_tokens: tokens that the reference was given for this row by steps.  # [B] int32
       value_tokens: tokens that the value network was given for this row by steps: chosen ones and candidates, also for
         tokens that were cut off since.  # [B] int32
     """
@@ -50,6 +51,7 @@ class DecodeState:
     kl: Array
     values: Array
     log_weight: Array
+    reference_tokens: Array
     value_tokens: Array
 
     @property
@@ -149,6 +151,7 @@ def prefill(reference: Reference, value: Value | None, reference_params: Params,
         kl=jnp.zeros(unique, jnp.float32),
         values=jnp.full((unique, buffer), jnp.nan, jnp.float32),
         log_weight=jnp.full(unique, jnp.nan, jnp.float32),
+        reference_tokens=jnp.zeros(unique, jnp.int32),
         value_tokens=jnp.zeros(unique, jnp.int32),
     )
 
