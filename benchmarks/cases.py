@@ -21,6 +21,8 @@ REPEATS = 3
 CLOSE = 1e-3  # nats by which both sides' log-probabilities may differ
 ROOM = 64  # slots of our caches for an answer; the peer's grow with it
 PEER = 'PyTorch'
+PACKED = 'one whole pass'
+ACCEPTED_ETAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 GUIDES = {
     'unguided': UNGUIDED,
@@ -119,6 +121,33 @@ def decode(sides: Sides) -> Iterator[Row]:
                 for label, guide in GUIDES.items()}
         yield measure.result(name, {**shape, 'tokens': tokens}, measure.alternate(contenders, REPEATS), 'unguided',
                              prefill=prefill, work=work)
+
+
+def speculation(sides: Sides) -> Iterator[Row]:
+    """Tokens that the reference drafts ahead of a value network of its own size, and how many are accepted."""
+    shape = dict(batch=1, prompt=64, layers=30, dtype='float32', room=ROOM)
+    name = 'speculation/batch=1/value=30'
+    if sides.wanted(name):
+        guides = {PACKED: Guide(spared=False), 'spared': Guide(),
+                  **{f'draft of {draft}': Guide(draft=draft) for draft in (1, 3, 5, 7)}}
+        yield _drafted(sides, name, {**shape, 'tokens': ROOM}, guides)
+    for eta in ACCEPTED_ETAS:
+        name = f'speculation/acceptance/eta={eta:g}'
+        if sides.wanted(name):
+            guides = {'unguided': UNGUIDED, 'draft of 1': Guide(etas=(eta,), draft=1)}
+            yield _drafted(sides, name, {**shape, 'batch': 16, 'layers': 8, 'tokens': ROOM}, guides, repeats=1)
+
+
+def _drafted(sides: Sides, name: str, shape: Row, guides: Mapping[str, Guide], repeats: int = REPEATS) -> Row:
+    """Returns a row that has, of each contender, tokens a step and KL an answer."""
+    contenders = {label: Contender(sides.ours, 'decode', {**shape, 'guide': guide.message()})
+                  for label, guide in guides.items()}
+    replies = measure.alternate(contenders, repeats)
+    steps = {label: own[0]['reference_tokens'] / (1 + guides[label].draft) for label, own in replies.items()}
+    return measure.result(
+        name, shape, replies, next(iter(guides)),
+        tokens_a_step={label: own[0]['tokens'] / steps[label] for label, own in replies.items()},
+        kl={label: own[0]['kl_per_token'] * shape['tokens'] for label, own in replies.items()})
 
 
 def peer(sides: Sides) -> Iterator[Row]:
@@ -238,7 +267,8 @@ def ledger(sides: Sides) -> Iterator[Row]:
 
 
 CASES: Mapping[str, Callable[[Sides], Iterator[Row]]] = {
-    'decode': decode, 'peer': peer, 'collect': collect, 'fit': fit, 'startup': startup, 'ledger': ledger}
+    'decode': decode, 'speculation': speculation, 'peer': peer, 'collect': collect, 'fit': fit, 'startup': startup,
+    'ledger': ledger}
 
 
 def pick(names: Sequence[str]) -> Callable[[str], bool]:

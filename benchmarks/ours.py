@@ -225,6 +225,7 @@ class Side:
         params = self._reference(dtype)[1]
         if guide.etas is None:
             return reference, decoding.Guidance(), params, None
+        value = dataclasses.replace(value, ragged=value.ragged and guide.spared)
         how = decoding.Guidance(value=value, distribution=self._distribution, candidates=guide.candidates,
                                 outside=guide.outside, order=guide.order, offset=guide.offset, draft=guide.draft)
         return reference, how, params, self._value(layers)[1]

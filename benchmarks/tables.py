@@ -48,7 +48,9 @@ def sentence(row: Row) -> str:
     others = max(reply.get('others', 0.0) for replies in row['repeats'].values() for reply in replies)
     # With others at work the two sides do not suffer alike.
     noise = f'; other programs took {others:.0%} of the machine' if others > measure.DISTURBED else ''
-    return f'{row["per_second"]}/s: {rates}; {ratios}{noise}'
+    peak = max((reply.get('peak_memory', 0.0) for replies in row['repeats'].values() for reply in replies), default=0.0)
+    memory = f'; at most {peak / 2 ** 30:.1f} GiB' if peak else ''
+    return f'{row["per_second"]}/s: {rates}; {ratios}{memory}{noise}'
 
 
 def rewrite(document: Path, results: Path) -> None:
@@ -86,6 +88,35 @@ def decode_table(rows: Sequence[Row]) -> str:
             lines.append([_title(row, label), _spread(found), _ratio(row['ratios'][label]) if guided else '',
                           *(f'{base[key] / work[key]:.2f}' if guided else '' for key in ('parameters', 'flops'))])
     return _markdown(lines)
+
+
+def speculation_table(rows: Sequence[Row]) -> str:
+    """Returns what drafts make of the rate; and how often a draft is taken, beside what theory has as its least."""
+    timed = [['', 'tokens/s', 'ratio', 'tokens a step', 'KL, nats in all']]
+    taken = [['η', 'drafts accepted', 'KL to the sampler, nats a token, at most', 'accepted at least, by theory']]
+    for row in rows:
+        if 'acceptance' not in row['name']:
+            timed += [[_title(row, label), _spread(found),
+                       _ratio(row['ratios'][label]) if label != row['base'] else '',
+                       f'{row["tokens_a_step"][label]:.2f}', f'{row["kl"][label]:.2f}'] for label, found in
+                      row['rates'].items()]
+        else:
+            eta, label = row['name'].rpartition('=')[2], next(one for one in row['rates'] if one != row['base'])
+            kl, least = least_accepted(row)
+            taken.append([eta, f'{row["tokens_a_step"][label] - 1:.3f}', f'{kl:.4f}', f'{least:.3f}'])
+    return '\n'.join(_markdown(lines) for lines in (timed, taken) if len(lines) > 1)
+
+
+def least_accepted(row: Row) -> tuple[float, float]:
+    """Returns the KL a token that guidance adds to the sampler's, and the share of drafts accepted at least for it.
+
+    A shared noise draws the same from two laws with probability (1 - TV) / (1 + TV) at least, which is convex in TV,
+    and the mean TV is at most sqrt(mean KL / 2) (Pinsker, Jensen).
+    """
+    label = next(one for one in row['rates'] if one != row['base'])
+    kl = max(row['kl'][label] - row['kl'][row['base']], 0.0) / row['settings']['tokens']
+    distance = min(math.sqrt(kl / 2), 1.0)
+    return kl, (1 - distance) / (1 + distance)
 
 
 def peer_table(rows: Sequence[Row]) -> str:
@@ -153,8 +184,8 @@ def ledger_table(rows: Sequence[Row]) -> str:
 
 
 TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
-    'decode': decode_table, 'peer': peer_table, 'collect': collect_table, 'fit': fit_table, 'startup': startup_table,
-    'ledger': ledger_table}
+    'decode': decode_table, 'speculation': speculation_table, 'peer': peer_table, 'collect': collect_table,
+    'fit': fit_table, 'startup': startup_table, 'ledger': ledger_table}
 
 
 def _sides(rows: Sequence[Row]) -> list[str]:

@@ -3,13 +3,15 @@
   python -m benchmarks.worker ours|peer
 
 A call is {"call": name, ...arguments}; the answer {"result": ...} or {"error": text}. What a library prints goes to
-standard error, so that it cannot break the protocol.
+standard error, so that it cannot break the protocol. A result that is an object gets `peak_memory`, in bytes, of the
+process so far.
 """
 from __future__ import annotations
 
 import importlib
 import json
 import os
+import resource
 import sys
 import traceback
 
@@ -24,7 +26,10 @@ def main() -> None:
     for line in sys.stdin:
         message = json.loads(line)
         try:
-            answer = {'result': getattr(side, message.pop('call'))(**message)}
+            result = getattr(side, message.pop('call'))(**message)
+            if isinstance(result, dict):
+                result['peak_memory'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            answer = {'result': result}
         except Exception:  # of whatever kind: the caller raises it again, with its traceback
             answer = {'error': traceback.format_exc()}
         answers.write(json.dumps(answer) + '\n')

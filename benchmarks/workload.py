@@ -35,6 +35,7 @@ class Guide:
       outside: likewise; 'zero' is the official code's for this kind of head.
       candidates: likewise.
       draft: likewise.
+      spared: whether our value passes leave out what cannot matter (`types.Value.ragged`).
       temperature: of the sampler.
       top_p: of the sampler.
     """
@@ -45,6 +46,7 @@ class Guide:
     outside: str = 'zero'
     candidates: int = 20
     draft: int = 0
+    spared: bool = True
     temperature: float = 0.8
     top_p: float = 0.9
 

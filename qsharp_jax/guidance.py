@@ -241,7 +241,7 @@ def top_candidates(log_probs: Array, count: int) -> Array:
 
     # [B, V] -> [B, C] int32
     """
-    return lax.top_k(log_probs, count)[1]
+    return _top_k(log_probs, count)[1]
 
 
 def sample(keys: Array, log_probs: Array) -> Array:
@@ -294,9 +294,7 @@ def _nucleus(logits: Array, limit: Array, top_p: Array) -> Array:
     vocab = logits.shape[-1]
     logits = jnp.where(logits == 0, 0.0, logits)  # sorting ranks -0 below 0
     head = min(_HEAD, vocab)
-    # The barriers keep XLA from turning a slice of the k best into one of a full sort, sixty times dearer. One around
-    # both arrays would make XLA abort on CPU where the mesh splits no rows.
-    values, ids = map(lax.optimization_barrier, lax.top_k(logits, head))
+    values, ids = _top_k(logits, head)
     rank = jnp.arange(head)[None]
     mass = jnp.where(rank < limit[:, None], jnp.exp(values - values[:, :1]), 0.0)
     everything = jnp.sum(jnp.exp(logits - values[:, :1]), axis=-1)
@@ -330,6 +328,14 @@ def _nucleus(logits: Array, limit: Array, top_p: Array) -> Array:
         return left.at[rows].set(False), kept.at[rows].set(jnp.where(left[rows, None], found, kept[rows]))
 
     return lax.while_loop(lambda carry: jnp.any(carry[0]), some, (~ends, from_head))[1]
+
+
+def _top_k(array: Array, count: int) -> tuple[Array, Array]:
+    """The `count` greatest of each row, and where they are.  # [B, V] -> [B, count] x 2"""
+    values, ids = lax.top_k(array, count)
+    # The barriers keep XLA from turning a slice of the k best into one of a full sort, sixty times dearer. One around
+    # both arrays would make XLA abort on CPU where the mesh splits no rows.
+    return lax.optimization_barrier(values), lax.optimization_barrier(ids)
 
 
 def _target(top_p: Array, total: Array) -> Array:

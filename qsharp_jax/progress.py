@@ -3,10 +3,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import resource
 import sys
 import time
 from typing import TextIO
 
+import jax
 import tqdm
 
 _seconds_between_lines = 10.0
@@ -44,7 +46,7 @@ class Bar:
         if self._tqdm is not None:
             self._tqdm.close()
         elif finished:
-            self._say(f'done in {duration(time.monotonic() - self._began)}')
+            self._say(f'done in {duration(time.monotonic() - self._began)}, {memory()}')
 
     def _ahead(self) -> str:
         """Returns rate and time left, or the time so far while nothing is done."""
@@ -92,6 +94,16 @@ def set_seconds_between_lines(seconds: float) -> None:
     """Sets the pause between two plain lines of a phase."""
     global _seconds_between_lines
     _seconds_between_lines = seconds
+
+
+def memory() -> str:
+    """What was held at most so far, in words: by a device where devices tell, otherwise by this process."""
+    told = [stats['peak_bytes_in_use'] for device in jax.local_devices() if (stats := device.memory_stats())]
+    if told:
+        return f'at most {max(told) / 2 ** 30:.2f} GiB on a device'
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return f'at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.2f} GiB in memory'
 
 
 def duration(seconds: float) -> str:

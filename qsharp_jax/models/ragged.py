@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from qsharp_jax import sharding
 from qsharp_jax.types import Array
 
-_BUDGETS = (1, 2, 4, 8)  # tokens of a pass, in multiples of the rows: passes of other sizes are not compiled
 _LEAST = 4  # tokens: a pass over fewer takes as long
+_FINE = 16  # tokens, up to which passes of twice the size are compiled, and of half more from there on
 
 
 @struct.dataclass
@@ -64,8 +64,8 @@ def by_budget(run: Callable[[Ragged | None], Any], real: Array, like: Array) -> 
       like: as in `sharding.constrain_rows`.
     """
     shards = sharding.row_shards(like)
-    rows, whole = real.shape[0] // shards, real.size // shards
-    budgets = [rows * times for times in _BUDGETS if _LEAST <= rows * times < whole]
+    whole = real.size // shards
+    budgets = _budgets(whole)
 
     def nothing() -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, None))
@@ -77,6 +77,20 @@ def by_budget(run: Callable[[Ragged | None], Any], real: Array, like: Array) -> 
         nothing, *(functools.partial(some, budget) for budget in budgets), functools.partial(run, None)]
     most = jnp.max(jnp.sum(real.reshape(shards, -1), axis=1, dtype=jnp.int32))
     return jax.lax.switch(jnp.sum(most > jnp.asarray([0, *budgets])), branches)
+
+
+def _budgets(whole: int) -> list[int]:
+    """Returns sizes of passes, in tokens, below that of a whole block; those of other sizes are not compiled.
+
+    A third of the tokens of a pass are empty at most, a sixth on average: much more would cost time, as many programs
+    more would cost time to compile.
+    """
+    sizes, size = [], _LEAST
+    while size < whole:
+        sizes.append(size)
+        power = size & (size - 1) == 0
+        size = size * 2 if size < _FINE else size * 3 // 2 if power else size * 4 // 3
+    return sizes
 
 
 def _take(array: Array, index: Array) -> Array:
