@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     'value.head': ('bernoulli', 'categorical', 'mse'),
     'value.projection': ('nearest', 'two_hot', 'hl_gauss'),
     'value.dtype': ('float32', 'bfloat16'),
-    'guidance.outside': ('zero', 'remove', 'min', 'mean', 'soft_bellman'),
+    'guidance.outside': ('zero', 'remove', 'min', 'mean', 'average', 'soft_bellman'),
     'guidance.order': ('paper', 'after_sampler'),
     'guidance.offset': ('qsharp', 'cd', 'fudge'),
     'collect.cut': ('uniform', 'start'),
@@ -33,11 +33,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     'fit.init': ('base', 'previous'),
     'eval.split': ('train', 'validation', 'test'),
     'eval.select_split': ('', 'train', 'validation', 'test'),
+    'eval.cd_network': ('shared', 'own'),
 }
 
 _ITEM_CHOICES: dict[str, tuple[str, ...]] = {
     'task.arithmetic.operations': ('+', '-', '*', 'max', 'min'),
-    'eval.methods': ('qsharp', 'cd', 'fudge'),
+    'eval.methods': ('qsharp', 'cd', 'fudge', 'vas'),
 }
 
 _QUESTIONS = 'gsm8k', 'math', 'quality', 'jsonl'  # tasks of one section
@@ -179,6 +180,9 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     if keys['guidance.outside'] == 'soft_bellman' and keys['value.type'] == 'q':
         yield ("config.guidance.outside is 'soft_bellman', which needs the value of the last chosen token, and "
                "config.value.type 'q' has none: choose another rule, or type 'v'.")
+    if keys['value.run'] and keys['eval.cd_network'] == 'own' and not {'cd', 'vas'}.isdisjoint(keys['eval.methods']):
+        yield (f"config.value.run is {keys['value.run']!r}, and config.eval.cd_network is 'own': nothing is "
+               "fitted where a value network of another run guides. Set it to 'shared', or leave cd and vas out of eval.methods.")
     if keys['fit.frozen_layers'] and keys['value.scan_layers']:
         yield (f"config.fit.frozen_layers is {keys['fit.frozen_layers']}, and config.value.scan_layers is True: "
                'stacked layers are trained together or not at all. Set one of them to its default.')

@@ -18,7 +18,7 @@ from qsharp_jax import checkpoint, collect
 from qsharp_jax import config as config_lib
 from qsharp_jax import describe, experiment, fit, fits, progress, relabel, report, sharding
 from qsharp_jax import topology as topology_lib
-from qsharp_jax.categorical import OFFSETS
+from qsharp_jax.categorical import METHODS
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows, replace_text
@@ -70,14 +70,53 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
     values: Params = None
     with timed(directory, 'evaluate 0'):
         evaluation.run(0, None)
+    if config.value.run:
+        iteration, values = borrowed_value(parts)
+        with timed(directory, f'evaluate {iteration}'):
+            evaluation.run(iteration, values)
+            if config.eval.reward_model:
+                evaluation.rank(iteration, values)
+        return report.print_results(directory)
     for iteration in range(1, config.iterations + 1):
         with timed(directory, f'collect {iteration}'):
             collect.collect_iteration(parts, iteration, values)
         with timed(directory, f'fit {iteration}'):
             values = fit.fit_iteration(parts, iteration, values)
+        cd_values: Params = None
+        if iteration == 1 and needs_cd_network(config):
+            with timed(directory, 'fit cd'):
+                cd_values = fit.fit_iteration(parts.for_cd, 1, None)
         with timed(directory, f'evaluate {iteration}'):
-            evaluation.run(iteration, values)
+            evaluation.run(iteration, values, cd_values)
+    if config.eval.reward_model:
+        with timed(directory, 'score answers'):
+            evaluation.rank(config.iterations, values)
     return report.print_results(directory)
+
+
+def needs_cd_network(config: ml_collections.ConfigDict) -> bool:
+    """Returns whether CD or VAS is evaluated with a value network of its own."""
+    return config.eval.cd_network == 'own' and not {'cd', 'vas'}.isdisjoint(config.eval.methods)
+
+
+def borrowed_value(parts: Experiment) -> tuple[int, Params]:
+    """Returns the last value network of the run `value.run`, which guides another reference here, and its iteration.
+
+    Raises:
+      ValueError: that run has finished none, or one of another tokenizer or shape.
+    """
+    source = Path(parts.config.value.run)
+    finished = [int(path.parent.name.removeprefix('value_'))
+                for path in (source / 'checkpoints').glob(f'value_*/{checkpoint.VALUE_FILE}')]
+    if not finished:
+        raise ValueError(f'value.run is {str(source)!r}, which holds no finished value network: name the work '
+                         'directory of a run that has fitted one.')
+    values, meta = checkpoint.restore_params(parts.value_dir(max(finished)), parts.value_target)
+    if meta['tokenizer'] != parts.tokenizer.fingerprint:
+        raise ValueError(f'value.run is {str(source)!r}, whose value network reads another tokenizer than the '
+                         'reference here has: a value network guides policies of its own tokenizer only.')
+    checkpoint.check_value_meta(meta, parts.value_meta(), allow_other=True)
+    return max(finished), values
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -149,21 +188,21 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
       etas: KL coefficients.
       split: of the task.
       iteration: as in `open_run`.
-      methods: any of 'qsharp', 'cd', 'fudge'; the last two only of iteration 1.
+      methods: any of `categorical.METHODS`; others than 'qsharp' only of iteration 1.
       examples: prompts of the split; 0 for as many as the run evaluates of it.
       samples: answers a prompt; 0 for as many as the run draws.
     """
     if not etas or not all(eta > 0 for eta in etas):
         raise ValueError(f'--etas is {list(etas)}; every eta must be above 0 (inf is the reference itself).')
-    if not methods or set(methods) - set(OFFSETS):
-        raise ValueError(f'--methods is {",".join(methods)!r}; it must be any of {", ".join(OFFSETS)}.')
+    if not methods or set(methods) - set(METHODS):
+        raise ValueError(f'--methods is {",".join(methods)!r}; it must be any of {", ".join(METHODS)}.')
     for name, number in (('examples', examples), ('samples', samples)):
         if number < 0:
             raise ValueError(f'--{name} is {number}; it must be 0 (as the run does) or more.')
     workdir = Path(workdir)
     parts, chosen, values = open_run(workdir, iteration)
     if chosen != 1 and set(methods) - {'qsharp'}:
-        raise ValueError(f'--methods {",".join(methods)} of iteration {chosen}: CD and FUDGE are evaluated on the '
+        raise ValueError(f'--methods {",".join(methods)} of iteration {chosen}: CD, VAS and FUDGE are evaluated on the '
                          'network of iteration 1 only, since later data are not the reference\'s own.')
     usual = plan_of(parts.config)
     plan = dataclasses.replace(
@@ -174,5 +213,8 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
     # The run's own rows of the reference stand, which may be of more answers than these.
     there = any(row['method'] == 'reference' and row['split'] == split for row in read_rows(workdir / 'results.jsonl'))
     evaluation.run(0, None, record=not there)
-    evaluation.run(chosen, values)
+    cd_values: Params = None
+    if needs_cd_network(parts.config) and not {'cd', 'vas'}.isdisjoint(methods):
+        cd_values = fit.fit_iteration(parts.for_cd, 1, None)
+    evaluation.run(chosen, values, cd_values)
     report.print_results(workdir)

@@ -19,7 +19,7 @@ LAYERS = (
     ('sharding', 'topology', 'hlo', 'optimizers', 'data', 'rewards', 'models', 'decoding'),
     ('rollout', 'units', 'queue', 'learner', 'checkpoint', 'baselines', 'ledger'),
     ('references', 'experiment'),
-    ('collect', 'fit', 'evaluate', 'relabel'),
+    ('collect', 'fit', 'evaluate', 'ranking', 'relabel'),
     ('results', 'describe', 'programs'),
     ('fits',),
     ('train', 'generate', 'export', 'chat'),

@@ -85,7 +85,7 @@ def table(rows: Sequence[Row], split: str, select_split: str = '') -> tuple[list
         Column('η', lambda row: f'{row["eta"]:g}' if has_eta(row) else ''),
         Column('temperature', lambda row: f'{row["temperature"]:g}'),
         Column('pass@1 %', lambda row: _percent(row, 'pass@1')),
-        Column('over reference', lambda row: _percent(row, 'gain', sign='+')),
+        Column('over reference', lambda row: _percent(row, 'difference_to_reference', sign='+')),
         # Of one answer, both are pass@1 again.
         Column(f'pass@{k} %', lambda row: '' if k == 1 else _percent(row, 'pass@k')),
         Column(f'maj@{k} %', lambda row: '' if k == 1 else _percent(row, 'maj@k')),
