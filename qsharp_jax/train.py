@@ -29,7 +29,7 @@ _NOTHING_YET = {'config.json', 'config.json.tmp', 'timings.json', 'timings.json.
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = False,
-        topology: str = '', relabel_from: Path | None = None) -> Path | None:
+        topology: str = '', relabel_from: Path | None = None, relabel_iterations: int = 0) -> Path | None:
     """Runs an experiment to its end, or on from where it was killed, and returns the path of its report.
 
     Args:
@@ -38,6 +38,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
       dry_run: print what would run, and stop; the work directory is not touched.
       topology: of a dry run: TPUs to compile its programs for, such as 'v5e:4x4'; '' for none.
       relabel_from: work directory of a run of the same roll-outs, which are graded anew in place of being decoded.
+      relabel_iterations: how many iterations of that run are taken; 0 for all.
 
     Raises:
       ValueError: a topology is given and it is no dry run, or there is no such topology; or as `relabel.adopt`.
@@ -64,7 +65,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
     if ledger:
         replace_text(directory / ledger.name, ledger.read_text())
     if relabel_from:
-        print(relabel.adopt(parts, relabel_from), flush=True)
+        print(relabel.adopt(parts, relabel_from, relabel_iterations), flush=True)
 
     evaluation = Evaluation(parts, plan_of(config))
     values: Params = None

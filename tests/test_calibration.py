@@ -147,7 +147,8 @@ def test_weights_are_compared_range_by_range():
     predicted, observed, weights, clusters = _data(300, 1)
     positions = np.random.default_rng(9).integers(0, 7, 300)
     log_weight = np.log(1 + predicted * (np.exp(1 / 0.3) - 1))
-    found = dict(calibration.weight_by_position(log_weight, observed, weights, clusters, positions, [0, 2, 3, 9], 0.3, 1.0))
+    found = dict(calibration.weight_by_position(
+        log_weight, observed, weights, clusters, positions, [0, 2, 3, 9], 0.3, 1.0))
     assert list(found) == [0, 2, 3]
     for first, end in ((0, 2), (2, 3), (3, 9)):
         inside = (first <= positions) & (positions < end)

@@ -191,7 +191,7 @@ def test_a_changed_reward_grades_finished_blocks_anew(tmp_path, asked, experimen
         return np.where(index == 2, np.nan, index / 10)
     monkeypatch.setattr(evaluate, 'grade', grade)
     # Another reward may know other answers as one.
-    monkeypatch.setattr(evaluate.rewards, 'votes', lambda reward, texts, **options: [['b' for _ in own] for own in texts])
+    monkeypatch.setattr(evaluate.rewards, 'votes', lambda reward, texts, **options: [['b'] * len(own) for own in texts])
     first = ask()
     experiment.reward.digest = 'another'
     again = ask()

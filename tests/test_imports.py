@@ -22,7 +22,9 @@ LAYERS = (
     ('collect', 'fit', 'evaluate', 'ranking', 'relabel'),
     ('results', 'describe', 'programs'),
     ('fits',),
+    ('estimates', 'plans'),
     ('train', 'generate', 'export', 'chat'),
+    ('reproduce',),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
