@@ -110,8 +110,8 @@ def planned(table: str, size: str, root: Path, overrides: Overrides = (), policy
             keys['value.run'] = str(root / size / job.guided_by)
         if job.other_policy:
             if not policy:
-                raise ValueError(f'table {table} guides another policy too: name its checkpoint with --policy, a folder '
-                                 'or file of the same tokenizer, or leave it out with --jobs.')
+                raise ValueError(f'table {table} guides another policy too: name its checkpoint with --policy, a '
+                                 'folder or file of the same tokenizer, or leave it out with --jobs.')
             given = [(key, text) for key, text in given if key != 'reference.source']
             keys['reference.source'] = policy
         every = [*given, *keys.items()]
@@ -124,7 +124,9 @@ def _check_overrides(jobs: Sequence[Job], overrides: Overrides) -> None:
     """Raises ValueError for a key that tells jobs apart, unless it names the one model of all of them."""
     for key, _ in overrides:
         alike = [job for job in jobs if not (job.other_policy and key == 'reference.source')]
-        values = {config_lib.flatten(config_lib.load(job.config, list(job.keys.items())))[key] for job in alike}
+        configs = [config_lib.flatten(config_lib.load(job.config, list(job.keys.items()))) for job in alike]
+        # A key that does not exist is refused, with the nearest names, where it is set.
+        values = {keys[key] for keys in configs if key in keys}
         special = [job.name for job in alike if key in job.keys]
         if special and not key.endswith('.source') or key.endswith('.source') and len(values) > 1:
             raise ValueError(f'--config.{key} is not the same for all runs ({", ".join(special)} has a value of its '

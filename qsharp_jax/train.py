@@ -69,10 +69,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
 
     evaluation = Evaluation(parts, plan_of(config))
     values: Params = None
+    if config.value.run:
+        iteration, values = borrowed_value(parts)
     with timed(directory, 'evaluate 0'):
         evaluation.run(0, None)
     if config.value.run:
-        iteration, values = borrowed_value(parts)
         with timed(directory, f'evaluate {iteration}'):
             evaluation.run(iteration, values)
             if config.eval.reward_model:
@@ -112,10 +113,12 @@ def borrowed_value(parts: Experiment) -> tuple[int, Params]:
     if not finished:
         raise ValueError(f'value.run is {str(source)!r}, which holds no finished value network: name the work '
                          'directory of a run that has fitted one.')
-    values, meta = checkpoint.restore_params(parts.value_dir(max(finished)), parts.value_target)
-    if meta['tokenizer'] != parts.tokenizer.fingerprint:
+    directory = parts.value_dir(max(finished))
+    # Before its shapes, which may differ for the same reason.
+    if checkpoint.load_meta(directory)['tokenizer'] != parts.tokenizer.fingerprint:
         raise ValueError(f'value.run is {str(source)!r}, whose value network reads another tokenizer than the '
                          'reference here has: a value network guides policies of its own tokenizer only.')
+    values, meta = checkpoint.restore_params(directory, parts.value_target)
     checkpoint.check_value_meta(meta, parts.value_meta(), allow_other=True)
     return max(finished), values
 
