@@ -180,9 +180,6 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     if keys['guidance.outside'] == 'soft_bellman' and keys['value.type'] == 'q':
         yield ("config.guidance.outside is 'soft_bellman', which needs the value of the last chosen token, and "
                "config.value.type 'q' has none: choose another rule, or type 'v'.")
-    if keys['value.run'] and keys['eval.cd_network'] == 'own' and not {'cd', 'vas'}.isdisjoint(keys['eval.methods']):
-        yield (f"config.value.run is {keys['value.run']!r}, and config.eval.cd_network is 'own': nothing is fitted "
-               "where the network of another run guides. Choose 'shared', or leave cd and vas out of eval.methods.")
     if keys['fit.frozen_layers'] and keys['value.scan_layers']:
         yield (f"config.fit.frozen_layers is {keys['fit.frozen_layers']}, and config.value.scan_layers is True: "
                'stacked layers are trained together or not at all. Set one of them to its default.')

@@ -38,8 +38,8 @@ _L31_70B = {'reference.source': 'hf:meta-llama/Llama-3.1-70B-Instruct'}
 _3B = {'value.source': 'hf:meta-llama/Llama-3.2-3B-Instruct'}
 _QWEN = {'reference.source': 'hf:Qwen/Qwen2.5-7B-Instruct', 'value.source': 'hf:Qwen/Qwen2.5-1.5B-Instruct'}
 # The network of MATH, on AIME's questions: what the paper trained on for these is not told.
-_AIME = {'task.math.test_set': 'aime24', 'eval.select_split': '', 'eval.cd_network': 'shared', 'eval.methods': 'qsharp'}
-_OTHER = {'eval.cd_network': 'shared', 'eval.methods': 'qsharp'}
+_AIME = {'task.math.test_set': 'aime24', 'eval.select_split': ''}
+_OTHER = {'eval.methods': 'qsharp'}
 
 # Table 4: how each variant differs from the run of two iterations, which is two of its lines.
 _VARIANTS: Mapping[str, Keys] = {
@@ -49,9 +49,9 @@ _VARIANTS: Mapping[str, Keys] = {
 
 
 def _ablated(base: Job) -> list[Job]:
-    return [base, *(
-        Job(f'{base.name}_{name}', base.config, {**base.keys, **keys, 'iterations': '1'}, shares=base.name)
-        for name, keys in _VARIANTS.items())]
+    common = {'iterations': '1', 'eval.methods': 'qsharp', 'eval.reward_model': 'False'}  # what the table shows of them
+    return [base, *(Job(f'{base.name}_{name}', base.config, {**base.keys, **keys, **common}, shares=base.name)
+                    for name, keys in _VARIANTS.items())]
 
 
 def _paper(table: str) -> list[Job]:

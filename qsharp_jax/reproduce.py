@@ -12,6 +12,7 @@ import ml_collections
 
 from qsharp_jax import config as config_lib
 from qsharp_jax import estimates, plans, results, train
+from qsharp_jax.categorical import METHODS
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.plans import Job
 from qsharp_jax.progress import duration
@@ -54,10 +55,11 @@ class Planned:
         rows = [] if not (self.workdir / 'results.jsonl').exists() else read_rows(self.workdir / 'results.jsonl')
         there = {(row['method'], row['iteration'], row['eta'], row['temperature'], row['split']) for row in rows}
         last = self.config.iterations
-        iterations = [0, last] if self.config.value.run else range(last + 1)
         lacking = []
-        for iteration in iterations:
-            for group in results.policies(plan, iteration):
+        for iteration in range(last + 1):
+            # A borrowed network is the last that its run has.
+            meant = set(METHODS) - ({'qsharp'} if self.config.value.run and iteration < last else set())
+            for group in results.policies(plan, iteration, meant):
                 for policy in group:
                     eta = policy.eta if policy.guided else None
                     wanted = [(policy.method, iteration, eta, policy.temperature, split) for split in plan.splits]

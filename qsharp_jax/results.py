@@ -1,7 +1,7 @@
 """Which policies are evaluated when, and their rows of results.jsonl."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import dataclasses
 import functools
 import math
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from qsharp_jax import estimators, evaluate, ranking
+from qsharp_jax.categorical import METHODS
 from qsharp_jax.evaluate import Evaluated, Row
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import ResultsFile
@@ -54,18 +55,18 @@ def plan_of(config: Any) -> Plan:
         temperatures=tuple(dict.fromkeys([own, *map(float, evaluation.reference_temperatures)])))
 
 
-def policies(plan: Plan, iteration: int) -> list[list[Evaluated]]:
+def policies(plan: Plan, iteration: int, methods: Collection[str] = METHODS) -> list[list[Evaluated]]:
     """Returns the policies that are evaluated after an iteration, those that decode together in one list.
 
     Iteration 0 is the reference, at the sampler's temperature and sharpened. CD, VAS and FUDGE are evaluated on the
     first iteration's network alone, which has seen the reference's own data only, as those methods do. CD comes first:
-    others are compared with it.
+    others are compared with it. Of the plan's methods, those among `methods` are meant.
     """
     if iteration == 0:
         return [[Evaluated('reference', 0, math.inf, temperature) for temperature in plan.temperatures]]
     groups = []
     for method in sorted(plan.methods, key=lambda method: method != 'cd'):
-        if method == 'qsharp' or iteration == 1:
+        if method in methods and (method == 'qsharp' or iteration == 1):
             # FUDGE's weight does not depend on eta.
             etas = plan.etas[:1] if method == 'fudge' else plan.etas
             groups.append([Evaluated(method, iteration, eta, plan.temperatures[0]) for eta in etas])
@@ -82,7 +83,8 @@ class Evaluation:
         self._chosen: dict[tuple[str, str], Evaluated] = {}
         self._results = ResultsFile(parts.workdir / 'results.jsonl')
 
-    def run(self, iteration: int, values: Params, cd_values: Params = None, record: bool = True) -> None:
+    def run(self, iteration: int, values: Params, cd_values: Params = None, record: bool = True,
+            methods: Collection[str] = METHODS) -> None:
         """Adds the rows of every policy of an iteration to results.jsonl.
 
         The eta with the best pass@1 on the selection split, of equals the weakest guidance, is marked in the rows of
@@ -93,9 +95,10 @@ class Evaluation:
           values: parameters of that network; None for iteration 0.
           cd_values: of the network that CD and VAS are guided by, if they have their own.
           record: False to draw the answers for comparisons only, and leave results.jsonl as it is.
+          methods: that are meant, of those of the plan.
         """
         plan = self._plan
-        for group in policies(plan, iteration):
+        for group in policies(plan, iteration, methods):
             method = group[0].method
             own = method in ('cd', 'vas') and cd_values is not None
             best: float | None = None

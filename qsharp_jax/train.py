@@ -69,15 +69,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
 
     evaluation = Evaluation(parts, plan_of(config))
     values: Params = None
-    if config.value.run:
-        iteration, values = borrowed_value(parts)
+    networks = borrowed(parts) if config.value.run else []
     with timed(directory, 'evaluate 0'):
         evaluation.run(0, None)
-    if config.value.run:
+    for iteration, values, own, methods in networks:
         with timed(directory, f'evaluate {iteration}'):
-            evaluation.run(iteration, values)
-            if config.eval.reward_model:
-                evaluation.rank(iteration, values)
+            evaluation.run(iteration, values, own, methods=methods)
+    if networks:
+        if config.eval.reward_model:
+            with timed(directory, 'score answers'):
+                evaluation.rank(networks[-1][0], networks[-1][1])
         return report.print_results(directory)
     for iteration in range(1, config.iterations + 1):
         with timed(directory, f'collect {iteration}'):
@@ -101,26 +102,39 @@ def needs_cd_network(config: ml_collections.ConfigDict) -> bool:
     return config.eval.cd_network == 'own' and not {'cd', 'vas'}.isdisjoint(config.eval.methods)
 
 
-def borrowed_value(parts: Experiment) -> tuple[int, Params]:
-    """Returns the last value network of the run `value.run`, which guides another reference here, and its iteration.
+def borrowed(parts: Experiment) -> list[tuple[int, Params, Params, tuple[str, ...]]]:
+    """Returns the networks of the run `value.run`, which guide another reference here, and the methods each is for.
+
+    These are (iteration, the value network, CD's own or None, methods): the last for Q#, and before it, where it is
+    another and other methods are evaluated, that of the first iteration.
 
     Raises:
       ValueError: that run has finished none, or one of another tokenizer or shape.
     """
-    source = Path(parts.config.value.run)
+    source, config = Path(parts.config.value.run), parts.config
     finished = [int(path.parent.name.removeprefix('value_'))
                 for path in (source / 'checkpoints').glob(f'value_*/{checkpoint.VALUE_FILE}')]
     if not finished:
         raise ValueError(f'value.run is {str(source)!r}, which holds no finished value network: name the work '
                          'directory of a run that has fitted one.')
-    directory = parts.value_dir(max(finished))
-    # Before its shapes, which may differ for the same reason.
-    if checkpoint.load_meta(directory)['tokenizer'] != parts.tokenizer.fingerprint:
-        raise ValueError(f'value.run is {str(source)!r}, whose value network reads another tokenizer than the '
-                         'reference here has: a value network guides policies of its own tokenizer only.')
-    values, meta = checkpoint.restore_params(directory, parts.value_target)
-    checkpoint.check_value_meta(meta, parts.value_meta(), allow_other=True)
-    return max(finished), values
+
+    def network(of: Experiment, iteration: int) -> Params:
+        directory = of.value_dir(iteration)
+        # Before its shapes, which may differ for the same reason.
+        if checkpoint.load_meta(directory)['tokenizer'] != parts.tokenizer.fingerprint:
+            raise ValueError(f'value.run is {str(source)!r}, whose value network reads another tokenizer than the '
+                             'reference here has: a value network guides policies of its own tokenizer only.')
+        values, meta = checkpoint.restore_params(directory, of.value_target)
+        checkpoint.check_value_meta(meta, of.value_meta(), allow_other=True)
+        return values
+
+    last = max(finished)
+    others = tuple(method for method in config.eval.methods if method != 'qsharp')
+    values = network(parts, last)
+    cd_values = network(parts.for_cd, 1) if needs_cd_network(config) else None
+    if last == 1 or not others:
+        return [(last, values, cd_values, METHODS)]
+    return [(1, network(parts, 1), cd_values, others), (last, values, None, ('qsharp',))]
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path) -> None:

@@ -22,9 +22,9 @@ from qsharp_jax.report import publish
 from tests import tiny
 
 # At such a rate a few steps guide so much that tokens change.
-KEYS = {'eval__cd_network': 'own', 'eval__methods': 'qsharp,cd', 'eval__samples': 3, 'fit__learning_rate': 0.1,
+KEYS = {'eval__cd_network': 'own', 'eval__methods': 'cd,qsharp', 'eval__samples': 3, 'fit__learning_rate': 0.1,
         'guidance__candidates': 4}
-TOLD_BY_JOBS = 'iterations', 'fit.tokens', 'value.type', 'value.head'
+TOLD_BY_JOBS = 'iterations', 'fit.tokens', 'value.type', 'value.head', 'eval.methods', 'eval.reward_model'
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -82,7 +82,7 @@ def test_a_variant_takes_what_is_there_and_goes_on_where_it_stopped(
     assert 'arithmetic_single: stopped in or after "fit 1"' in capsys.readouterr().out
     text = ask(execute=True)
     # Neither roll-outs nor the reference's answers are made again, and what is done is not run.
-    assert set(asked) == {'cd', 'qsharp'}
+    assert set(asked) == {'qsharp'}
     assert {shard.iteration for shard in Manifest(single / 'dataset').upto(9)} == {1}
     assert text.count('missing') == 2 * 5 - 3 and 'single prefix' in text
     assert (root / 'tiny' / 'tables' / 'table_4.tex').exists()
@@ -243,13 +243,13 @@ def test_cd_has_a_network_of_its_own_of_the_reference_s_answers(run: Path) -> No
 @pytest.mark.whole
 @pytest.mark.filterwarnings('ignore:the value network was fitted with')
 def test_a_value_network_guides_another_policy(run: Path, data: Path, tmp_path: Path) -> None:
-    keys = {**KEYS, 'eval__methods': 'qsharp', 'eval__cd_network': 'shared', 'value__run': run}
+    keys = {**KEYS, 'value__run': run}
     workdir = tmp_path / 'other'
     # Another reference of the same tokenizer: one that was trained longer.
     train.run(tiny.config(data, reference__pretrain__steps=12, **keys), workdir)
     rows = read_rows(workdir / 'results.jsonl')
-    assert {(row['method'], row['iteration']) for row in rows} == {('reference', 0), ('qsharp', 2)}
-    assert not (workdir / 'dataset').exists() and not list((workdir / 'checkpoints').glob('value_*'))
+    assert {(row['method'], row['iteration']) for row in rows} == {('reference', 0), ('cd', 1), ('qsharp', 2)}
+    assert not (workdir / 'dataset').exists() and not list((workdir / 'checkpoints').glob('[vc]*_*'))
     kl = {(row['method'], row['eta'], row['temperature']): row['kl'] for row in rows if row['split'] == 'test'}
     assert len({kl['reference', None, 1.0], kl['qsharp', 0.5, 1.0], kl['qsharp', 0.1, 1.0]}) == 3  # it guides
     assert any(row['scored_by'] == 2 for row in rows)
@@ -259,5 +259,3 @@ def test_a_value_network_guides_another_policy(run: Path, data: Path, tmp_path: 
         train.run(tiny.config(data, reference__pretrain__steps=12, **keys), workdir)
     with pytest.raises(ValueError, match='holds no finished value network'):
         train.run(tiny.config(data, **{**keys, 'value__run': tmp_path}), tmp_path / 'none')
-    with pytest.raises(ValueError, match='nothing is fitted where the network of another run guides'):
-        tiny.config(data, **{**KEYS, 'value__run': run})
