@@ -20,6 +20,8 @@ from qsharp_jax.report import publish
 
 Overrides = Sequence[tuple[str, str]]
 
+_ROOT = Path(__file__).resolve().parents[1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
@@ -42,7 +44,8 @@ class Planned:
     @property
     def command(self) -> str:
         """The command that does the same by hand."""
-        words = ['python', 'experiments/train.py', f'--config={self.job.config}', f'--workdir={self.workdir}',
+        words = ['python', _from_here('experiments/train.py'), f'--config={_from_here(self.job.config)}',
+                 f'--workdir={self.workdir}',
                  *(f'--config.{key}={text}' for key, text in self.overrides)]
         if self.shares:
             words += [f'--relabel_from={self.shares}', '--relabel_iterations=1']
@@ -117,7 +120,7 @@ def planned(table: str, size: str, root: Path, overrides: Overrides = (), policy
             given = [(key, text) for key, text in given if key != 'reference.source']
             keys['reference.source'] = policy
         every = [*given, *keys.items()]
-        found.append(Planned(job, root / size / job.name, config_lib.load(job.config, every), every,
+        found.append(Planned(job, root / size / job.name, config_lib.load(_from_here(job.config), every), every,
                              root / size / job.shares if job.shares else None))
     return found
 
@@ -126,13 +129,18 @@ def _check_overrides(jobs: Sequence[Job], overrides: Overrides) -> None:
     """Raises ValueError for a key that tells jobs apart, unless it names the one model of all of them."""
     for key, _ in overrides:
         alike = [job for job in jobs if not (job.other_policy and key == 'reference.source')]
-        configs = [config_lib.flatten(config_lib.load(job.config, list(job.keys.items()))) for job in alike]
+        configs = [config_lib.flatten(config_lib.load(_from_here(job.config), list(job.keys.items()))) for job in alike]
         # A key that does not exist is refused, with the nearest names, where it is set.
         values = {keys[key] for keys in configs if key in keys}
         special = [job.name for job in alike if key in job.keys]
         if special and not key.endswith('.source') or key.endswith('.source') and len(values) > 1:
             raise ValueError(f'--config.{key} is not the same for all runs ({", ".join(special)} has a value of its '
                              'own): leave it out, or name the runs that it is for with --jobs.')
+
+
+def _from_here(path: str) -> str:
+    """Returns a path of this checkout, with a size behind it or not, as it is written from the current directory."""
+    return path if Path(path.partition(':')[0]).exists() else str(_ROOT / path)
 
 
 def describe(found: Sequence[Planned]) -> str:

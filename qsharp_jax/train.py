@@ -193,7 +193,7 @@ def open_run(workdir: Path, iteration: int = 0) -> tuple[Experiment, int, Params
     chosen = iteration or finished[-1]
     parts = experiment.load(parts)
     values, meta = checkpoint.restore_params(parts.value_dir(chosen), parts.value_target)
-    checkpoint.check_value_meta(meta, parts.value_meta())
+    checkpoint.check_value_meta(meta, parts.value_meta(), allow_other=bool(config.value.run))
     return parts, chosen, values
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsharp_jax import checkpoint, cli, config, estimators, evaluate, plans, ranking, reproduce, rollout, train
+from qsharp_jax import (checkpoint, cli, config, estimates, estimators, evaluate, plans, ranking, reproduce, rollout,
+                        train)
 from qsharp_jax.data.dataset import Manifest
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.models import networks
@@ -146,6 +147,35 @@ def test_a_model_of_ones_own_may_stand_for_one_of_the_plan(tmp_path: Path) -> No
 
 def answers(run: Path, split: str = 'test') -> list[evaluate.Row]:
     return [row for path in sorted((run / 'samples' / split).rglob('*.jsonl')) for row in read_rows(path)]
+
+
+@pytest.mark.whole
+def test_a_run_takes_no_more_than_was_said(run: Path, root: Path, overrides: list[tuple[str, str]]) -> None:
+    planned, = reproduce.planned('4', 'tiny', root, overrides, only=('arithmetic',))
+    most = estimates.bounds(planned.config, planned.workdir, False)
+    rows = read_rows(run / 'results.jsonl')
+    shards = Manifest(run / 'dataset').upto(2)
+    assert most.collected == sum(shard.n for shard in shards)
+    assert most.evaluated == sum(row['n_examples'] * row['n_samples'] for row in rows)
+    decoded = sum(row['flops_per_answer'] * row['n_examples'] * row['n_samples'] for row in rows)
+    assert decoded < most.flops < 1000 * decoded
+    parts, _, values = train.open_run(run)
+    assert most.networks == 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(values))  # of two iterations, and CD's
+    shared = estimates.bounds(planned.config, planned.workdir, True)
+    assert shared.collected == sum(shard.n for shard in shards if shard.iteration == 2)
+    assert shared.evaluated == most.evaluated - sum(
+        row['n_examples'] * row['n_samples'] for row in rows if row['method'] == 'reference')
+    assert shared.flops < most.flops and shared.disk < most.disk
+    rate = estimates.measured_rate([run, root])
+    assert rate is not None and rate > 0 and estimates.measured_rate([root]) is None
+    assert estimates.seconds_taken(run) > 0
+
+
+def test_published_shapes_stand_for_models_that_are_not_here(tmp_path: Path) -> None:
+    one, three, *_ = reproduce.planned('2', 'paper', tmp_path)
+    bounds = [estimates.bounds(planned.config, planned.workdir, False) for planned in (one, three)]
+    assert 3 * 4 * 0.9e9 < bounds[0].networks < 3 * 4 * 1.6e9 < 3 * 4 * 2.5e9 < bounds[1].networks < 3 * 4 * 4e9
+    assert bounds[0].collected == 2 * 6748 * 16 and bounds[0].flops < bounds[1].flops
 
 
 @pytest.mark.whole
