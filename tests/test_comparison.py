@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from qsharp_jax import config, metrics
+from experiments import tables as entry
+from qsharp_jax import cli, config, metrics
 from qsharp_jax.report import comparison, paper, publish
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,10 +171,9 @@ def test_what_the_paper_repeats_is_repeated() -> None:
     assert [len(table.columns) for table in paper.TABLES.values()] == [4, 4, 2, 12, 3, 2, 2]
 
 
-def test_the_entry_point_says_what_it_needs(tmp_path: Path) -> None:
-    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(ROOT / 'experiments' / 'tables.py'), *arguments], text=True,
-                              capture_output=True, env={'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}, check=False)
-    assert ask().returncode == 2 and '--table=NUMBER' in ask().stderr
-    done = ask('--table=1', f'--out={tmp_path}', str(tmp_path / 'none'))
-    assert done.returncode == 2 and 'holds no run' in done.stderr
+def test_the_entry_point_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (([], '--table=NUMBER'), (['runs/a'], '--table=NUMBER'),
+                             (['--table=1', f'--out={tmp_path}', str(tmp_path / 'none')], 'holds no run')):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(entry.main, arguments)
+        assert ended.value.code == 2 and words in capsys.readouterr().err
