@@ -89,13 +89,13 @@ def test_a_score_that_is_missing_names_its_key(small: Path) -> None:
 
 
 def variants(tmp_path: Path) -> list[Path]:
-    def rows(*iterations: int) -> list[Row]:
-        return [result('qsharp', k, 0.1, 0.1 * k, split='validation') for k in iterations]
-    return [make(tmp_path / name, ARITHMETIC, rows(*range(1, int(keys['iterations']) + 1)), **keys)
-            for name, keys in (
-                ('single', {'fit__tokens': 'single', 'iterations': 1}), ('base', {'iterations': 2}),
-                ('mse', {'value__head': 'mse', 'iterations': 1}), ('q', {'value__type': 'q', 'iterations': 1}),
-                ('categorical', {'value__head': 'categorical', 'iterations': 1}))]
+    def rows(*values: float) -> list[Row]:
+        return [result('qsharp', k, 0.1, value, split='validation') for k, value in enumerate(values, start=1)]
+    return [make(tmp_path / name, ARITHMETIC, rows(*values), iterations=len(values), **keys)
+            for name, values, keys in (
+                ('single', [0.1], {'fit__tokens': 'single'}), ('base', [0.2, 0.3], {}),
+                ('mse', [0.4], {'value__head': 'mse'}), ('q', [0.5], {'value__type': 'q'}),
+                ('categorical', [0.6], {'value__head': 'categorical'}))]
 
 
 def test_each_ablation_is_found_by_how_it_was_fitted(tmp_path: Path) -> None:
@@ -104,10 +104,10 @@ def test_each_ablation_is_found_by_how_it_was_fitted(tmp_path: Path) -> None:
     # One run of two iterations has both lines.
     assert [(cell.policy.split(', ', 1)[1], cell.paper, round(cell.ours or 0)) for cell in ours] == [
         ('single prefix, V, distributional, 1 iteration', 80.5, 10),
-        ('all prefixes, Q, distributional, 1 iteration', 81.4, 10), ('all prefixes, V, MSE, 1 iteration', 81.4, 10),
-        ('all prefixes, V, distributional, 1 iteration', 82.3, 10),
-        ('all prefixes, V, distributional, 2 iterations', 83.5, 20),
-        ('all prefixes, V, categorical, 1 iteration', None, 10)]
+        ('all prefixes, Q, distributional, 1 iteration', 81.4, 50), ('all prefixes, V, MSE, 1 iteration', 81.4, 40),
+        ('all prefixes, V, distributional, 1 iteration', 82.3, 20),
+        ('all prefixes, V, distributional, 2 iterations', 83.5, 30),
+        ('all prefixes, V, categorical, 1 iteration', None, 60)]
     assert all('task arithmetic' in cell.differs for cell in ours)
     assert len([cell for cell in found if cell.ours is None]) == 5  # of MATH; what it does not report has no line
 

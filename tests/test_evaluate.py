@@ -108,17 +108,20 @@ def test_scores_choose_among_k_answers():
     """Best-of-k and the weighted vote, by hand: the score of an answer is beside its text."""
     rows = [{**row(example, sample, text, reward), 'score': score} for example, sample, text, reward, score in (
         (3, 0, 'x', 1.0, 0.2), (3, 1, 'x', 1.0, 0.3), (3, 2, 'y', 0.0, 0.4), (3, 3, '', 0.0, 0.1),
-        (7, 0, 'a', 0.0, -0.5), (7, 1, 'b', 1.0, 0.9), (7, 2, 'a', 0.0, 0.1), (7, 3, 'c', 0.0, -1.0))]
+        (7, 0, 'a', 0.0, -0.3), (7, 1, 'b', 1.0, 0.9), (7, 2, 'a', 0.0, -0.3), (7, 3, 'a', 0.0, -0.3))]
     found = evaluate.summarise(rows, 4, -1.0, 1.0, 0)
     assert found['best_of_k'] == 0.5 and found['best_of_k_se'] == pytest.approx(0.5)
-    # Above v_min, x has 1.2 + 1.3 against 1.4 of y, and b 1.9 against .5 + 1.1 of a.
-    assert found['weighted_maj@k'] == 1 and found['maj@k'] == 0.5
+    # Above v_min, x has 1.2 + 1.3 against 1.4 of y, and a three times .7 against 1.9 of b.
+    assert found['weighted_maj@k'] == 0.5 and found['maj@k'] == 0.5
+    higher = [{**own, 'score': 0.99} if own['text'] == 'b' else {**own, 'score': -0.4} if own['text'] == 'a' else own
+              for own in rows]
+    assert evaluate.summarise(higher, 4, -1.0, 1.0, 0)['weighted_maj@k'] == 1
     pairs = evaluate.summarise(rows, 2, -1.0, 1.0, 0)
     assert pairs['best_of_k'] == pytest.approx((1 + 0 + 1 + 0) / 4)
     one = evaluate.summarise(rows, 1, -1.0, 1.0, 0)
     assert one['best_of_k'] == pytest.approx(one['pass@1']) and one['pass@1'] == pytest.approx(3 / 8)
     # One answer without a score is enough to know nothing.
-    assert evaluate.summarise([*rows[:-1], row(7, 3, 'c', 0.0)], 4, -1.0, 1.0, 0)['best_of_k'] is None
+    assert evaluate.summarise([*rows[:-1], row(7, 3, 'a', 0.0)], 4, -1.0, 1.0, 0)['best_of_k'] is None
 
 
 PROMPTS = Prompts(np.array([4, 2, 9, 6, 8]), [[1], [2, 3], [4], [5], [6]], list('abcde'), {})
