@@ -219,6 +219,8 @@ def test_rows_say_what_scores_choose_and_which_have_none(run: Path) -> None:
     chosen = {row['method']: (row['iteration'], row['eta']) for row in rows
               if row['selected'] and row['split'] == 'test'}
     assert chosen['reference'] == (0, None)
+    marked = [(row['method'], row['iteration'], row['split']) for row in rows if row['selected']]
+    assert len(marked) == len(set(marked)) == 2 * 4  # one eta of each network, one temperature of the reference
     assert scored == {(method, iteration, eta, 1.0) for method, (iteration, eta) in chosen.items()}
     assert {row['method'] for row in rows} == {'reference', 'cd', 'qsharp'}
     for row in rows:
