@@ -27,7 +27,7 @@ from qsharp_jax.types import Params
 
 Row = dict[str, Any]
 
-_FORMAT = 4  # of the blocks' rows
+_FORMAT = 3  # of the blocks' rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _read_block(experiment: Experiment, prompts: Prompts, path: Path) -> list[Row]:
-    """Returns the rows of a finished block, with new rewards if the code of the reward has changed since."""
+    """Returns the rows of a finished block, with new rewards and votes if the reward's code has changed since."""
     try:
         rows: list[Row] = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
         old = [row for row in rows if row['reward_digest'] != experiment.reward.digest]
@@ -124,6 +124,7 @@ def _read_block(experiment: Experiment, prompts: Prompts, path: Path) -> list[Ro
         earned = grade(experiment, prompts, np.array([place[row['id']] for row in old]), [row['text'] for row in old])
         for row, reward in zip(old, earned, strict=True):
             row.update(reward=_number(reward), reward_digest=experiment.reward.digest)
+    if old or any('vote' not in row for row in rows):  # blocks of earlier versions have no votes
         _vote(experiment, rows)
         _write(path, rows)
     return rows

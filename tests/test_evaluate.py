@@ -205,6 +205,21 @@ def test_a_changed_reward_grades_finished_blocks_anew(tmp_path, asked, experimen
     assert ask() == again and not asked
 
 
+def test_blocks_without_votes_are_counted_and_not_decoded_again(tmp_path, asked, experiment, monkeypatch):
+    policies = [Evaluated('qsharp', 1, 0.1, 1.0)]
+    arguments = experiment, PROMPTS, np.arange(5), policies, None, 'test', 1, 4, 2
+    evaluate.samples_of(*arguments)
+    for path in tmp_path.rglob('block_*.jsonl'):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text(''.join(json.dumps({name: own[name] for name in own if name != 'vote'}) + '\n' for own in rows))
+    del asked[:]
+    monkeypatch.setattr(evaluate.rewards, 'votes', lambda reward, texts, **options: [['b'] * len(own) for own in texts])
+    found = evaluate.samples_of(*arguments)
+    assert not asked and [own['vote'] for own in found] == ['b'] * 5
+    monkeypatch.setattr(evaluate.rewards, 'votes', None)  # they are kept
+    assert evaluate.samples_of(*arguments) == found
+
+
 def test_a_damaged_block_is_named(tmp_path, asked, experiment):
     policies = [Evaluated('qsharp', 1, 0.1, 1.0)]
     evaluate.samples_of(experiment, PROMPTS, np.arange(5), policies, None, 'test', 1, 4, 2)
