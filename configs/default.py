@@ -155,6 +155,9 @@ def value() -> ml_collections.ConfigDict:
     config.dtype = 'float32'  # of its arithmetic: 'float32' | 'bfloat16'; parameters stay float32
     # True: its layers are one compiled block over stacked weights. The saved network is then of that kind.
     config.scan_layers = False
+    # Work directory of a finished run, whose last value network guides the reference of this one: another policy of the
+    # same tokenizer. Then nothing is collected or fitted here. The other keys of `value` must be those of that run.
+    config.run = ''
     config.remat = False  # True: recompute activations in the backward pass, to save memory
     return config
 
@@ -176,7 +179,8 @@ def guidance() -> ml_collections.ConfigDict:
     # Tokens that the reference writes ahead of a pass of the value network, which then judges them all: fewer passes,
     # some work in vain, and no answer changes. For small batches and a large value network; 0: none.
     config.draft = 0
-    config.outside = 'mean'  # weight of the others: 'zero' | 'remove' | 'min' | 'mean' | 'soft_bellman'
+    # Weight of the others: 'zero' | 'remove' | 'min' | 'mean' | 'average' | 'soft_bellman'.
+    config.outside = 'mean'
     config.order = 'paper'  # 'paper': guide, then temperature and top-p | 'after_sampler': the other way about
     config.offset = 'qsharp'  # 'qsharp': log E exp(Z/eta) | 'cd': E[Z]/eta | 'fudge': log of the mean
     return config
@@ -242,9 +246,15 @@ def evaluation() -> ml_collections.ConfigDict:
     config.samples = 8  # answers a prompt
     # KL coefficients compared, all read from one value network; `eta` is always among them.
     config.etas = (0.05, 0.1, 0.2, 0.5)
-    config.methods = ('cd', 'qsharp')  # beside the reference: any of 'qsharp', 'cd', 'fudge'
+    config.methods = ('cd', 'qsharp')  # beside the reference: any of 'qsharp', 'cd', 'fudge', 'vas'
+    # What CD and VAS are guided by: 'shared', the network of the first iteration, as it was fitted for Q# | 'own', one
+    # that is fitted to the same data, the reference's own answers, by squared error.
+    config.cd_network = 'shared'
+    # True: the last value network scores finished answers of `split`, those of the reference and of each method at its
+    # chosen eta, for best-of-k and weighted votes.
+    config.reward_model = True
     config.reference_temperatures = (0.7, 0.5, 0.0)  # the reference alone, sharpened; 0 is greedy
-    config.maj_k = 8  # answers in a majority vote and in pass@k; at most `samples`
+    config.maj_k = 8  # answers in a vote, in best-of-k and in pass@k; at most `samples`
     config.block_examples = 64  # prompts a block; what is redone after a kill
     config.batch_rows = 64  # answers decoded at once; divisible by the devices of mesh axes data and fsdp
     return config

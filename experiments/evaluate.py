@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('--etas', type=cli.numbers, required=True, help='KL coefficients, such as 0.05,0.1')
     parser.add_argument('--split', default='test', choices=('train', 'validation', 'test'))
     parser.add_argument('--iteration', type=int, default=0, help='whose network to use; 0: the last finished one')
-    parser.add_argument('--methods', type=cli.words, default=('qsharp',), help='any of qsharp,cd,fudge')
+    parser.add_argument('--methods', type=cli.words, default=('qsharp',), help='any of qsharp,cd,fudge,vas')
     parser.add_argument('--examples', type=int, default=0, help='prompts of the split; 0: all')
     parser.add_argument('--samples', type=int, default=0, help='answers a prompt; 0: as in the configuration')
     args = parser.parse_args(argv)

@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> None:
                         help='with --dry_run: compile for these TPUs and print memory, work and the largest batch')
     parser.add_argument('--relabel_from', type=Path, metavar='WORKDIR',
                         help='take the roll-outs of that run, and grade them by the reward of this one')
+    parser.add_argument('--relabel_iterations', type=int, default=0, metavar='K',
+                        help='with --relabel_from: take only the first K iterations; 0: all')
     config, others = cli.parse_config(argv)
     args = parser.parse_args(others)
     if config is None:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
 
     from qsharp_jax import train  # after the command line is known to be right: it takes seconds to import
     train.run(config, args.workdir, dry_run=args.dry_run, topology=args.topology,
-              relabel_from=args.relabel_from)
+              relabel_from=args.relabel_from, relabel_iterations=args.relabel_iterations)
 
 
 if __name__ == '__main__':

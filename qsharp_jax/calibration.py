@@ -204,6 +204,40 @@ def weight_calibration(
         difference=clustered_mean(predicted - seen, weights, clusters))
 
 
+def weight_by_position(
+    log_weight: Floats, observed: Floats, weights: Floats, clusters: Floats, positions: Floats, edges: Sequence[int],
+    eta: float, v_max: float,
+) -> list[tuple[int, WeightCalibration]]:
+    """Returns (first position, `weight_calibration`) of each range of positions that has any.
+
+    Args:
+      log_weight: as in `weight_calibration`, as the others.  # [N]
+      observed: as above.  # [N]
+      weights: as above.  # [N]
+      clusters: as above.  # [N]
+      positions: of each prediction, such as its distance from the start of the answer.  # [N]
+      edges: increasing; range i holds the positions edges[i] <= p < edges[i + 1].
+      eta: as above.
+      v_max: as above.
+    """
+    found = []
+    for first, end in zip(edges[:-1], edges[1:]):
+        inside = (first <= positions) & (positions < end)
+        if inside.any():
+            found.append((int(first), weight_calibration(
+                log_weight[inside], observed[inside], weights[inside], clusters[inside], eta, v_max)))
+    return found
+
+
+def position_edges(last: int, most: int = 40) -> list[int]:
+    """Returns edges of at most `most` ranges of equal width that hold the positions 0 .. last and may go beyond.
+
+    One range a position where there are no more: in long answers a single position has too few predictions.
+    """
+    width = -(-(last + 1) // most)
+    return [*range(0, last + 1, width), -(-(last + 1) // width) * width]
+
+
 def _floats(array: Floats) -> Floats:
     return np.asarray(array, np.float64)
 

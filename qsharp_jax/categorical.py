@@ -18,6 +18,7 @@ from qsharp_jax.types import Array
 KINDS = ('bernoulli', 'categorical', 'mse')
 PROJECTIONS = ('nearest', 'two_hot', 'hl_gauss')
 OFFSETS = ('qsharp', 'cd', 'fudge')
+METHODS = OFFSETS + ('vas',)  # that guide; the last is 'cd' with another rule for tokens that are no candidates
 
 
 def log_mean_exp(log_probs: Array, atoms: Array, eta: Array) -> Array:

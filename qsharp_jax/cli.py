@@ -48,6 +48,21 @@ def parse_config(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict | None,
     Raises:
       ValueError: an argument has no value, or the configuration is refused.
     """
+    spec, overrides, others = split_arguments(argv)
+    if spec is None:
+        if overrides:
+            raise ValueError(f'--config.{overrides[0][0]} changes a configuration, and there is none: add '
+                             '--config=configs/arithmetic.py:tiny or another file.')
+        return None, others
+    return config_lib.load(spec, overrides), others
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], list[str]]:
+    """The `--config` of a command line, what its `--config.key=value` say in their order, and the other arguments.
+
+    Raises:
+      ValueError: an argument has no value.
+    """
     spec, overrides, others = None, [], []
     arguments = list(argv)
     while arguments:
@@ -64,12 +79,7 @@ def parse_config(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict | None,
             spec = value
         else:
             overrides.append((name.removeprefix('--config.'), value))
-    if spec is None:
-        if overrides:
-            raise ValueError(f'--config.{overrides[0][0]} changes a configuration, and there is none: add '
-                             '--config=configs/arithmetic.py:tiny or another file.')
-        return None, others
-    return config_lib.load(spec, overrides), others
+    return spec, overrides, others
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     'value.head': ('bernoulli', 'categorical', 'mse'),
     'value.projection': ('nearest', 'two_hot', 'hl_gauss'),
     'value.dtype': ('float32', 'bfloat16'),
-    'guidance.outside': ('zero', 'remove', 'min', 'mean', 'soft_bellman'),
+    'guidance.outside': ('zero', 'remove', 'min', 'mean', 'average', 'soft_bellman'),
     'guidance.order': ('paper', 'after_sampler'),
     'guidance.offset': ('qsharp', 'cd', 'fudge'),
     'collect.cut': ('uniform', 'start'),
@@ -33,11 +33,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     'fit.init': ('base', 'previous'),
     'eval.split': ('train', 'validation', 'test'),
     'eval.select_split': ('', 'train', 'validation', 'test'),
+    'eval.cd_network': ('shared', 'own'),
 }
 
 _ITEM_CHOICES: dict[str, tuple[str, ...]] = {
     'task.arithmetic.operations': ('+', '-', '*', 'max', 'min'),
-    'eval.methods': ('qsharp', 'cd', 'fudge'),
+    'eval.methods': ('qsharp', 'cd', 'fudge', 'vas'),
 }
 
 _QUESTIONS = 'gsm8k', 'math', 'quality', 'jsonl'  # tasks of one section

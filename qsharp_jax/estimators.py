@@ -5,9 +5,12 @@ Samples of one example are not independent of each other, so every standard erro
 from __future__ import annotations
 
 from collections.abc import Sequence
+import hashlib
 import math
 
 import numpy as np
+
+_RESAMPLES = 10_000  # of the bootstrap: its bounds then move by a fortieth of a standard error between draws
 
 
 def mean_and_se(values: np.ndarray) -> tuple[float, float]:
@@ -26,9 +29,7 @@ def mean_and_se(values: np.ndarray) -> tuple[float, float]:
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """Returns mean(first − second) over the same examples and its clustered standard error. Shapes [N, M], [N, M']."""
-    if len(first) != len(second):
-        raise ValueError(f'a paired difference needs the same examples: got {len(first)} and {len(second)}.')
-    return mean_and_se((np.asarray(first, np.float64).mean(1) - np.asarray(second, np.float64).mean(1))[:, None])
+    return mean_and_se(_differences(first, second)[:, None])
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> float:
@@ -47,23 +48,95 @@ def pass_at_k(correct: np.ndarray, k: int) -> float:
     return float(np.mean([1.0 - math.comb(int(w), k) / total for w in wrong]))
 
 
-def majority(answers: Sequence[Sequence[str]], rewards: np.ndarray) -> np.ndarray:
-    """Returns the expected reward of each example's most frequent answer, ties broken at random.  # [N]
+def bootstrap_interval(first: np.ndarray, second: np.ndarray, address: str) -> tuple[float, float]:
+    """Returns the 95 % interval of mean(first − second) over the same examples, by the paired bootstrap.
 
-    The expectation over the tie-break is taken exactly: the mean over the tied classes. Empty answers do not vote; an
-    example with none but empty answers earns 0 (no answer is never right).
+    Examples are drawn with replacement, each with all of its samples (Efron and Tibshirani 1993, chapter 13: the
+    percentile interval). Equal addresses and numbers of examples draw the same examples.
 
     Args:
-      answers: the text that votes, per example and sample.
-      rewards: of the same samples; a class has the mean reward of its members.  # [N, M]
+      first: one row per example.  # [N, M]
+      second: of the same examples.  # [N, M']
+      address: of the draws, such as seed and split.
+
+    Returns:
+      (low, high); NaN for fewer than two examples.
     """
-    result = np.zeros(len(answers))
-    for i, texts in enumerate(answers):
-        classes: dict[str, list[float]] = {}
-        for text, reward in zip(texts, rewards[i], strict=True):
-            if text:
-                classes.setdefault(text, []).append(float(reward))
-        if classes:
-            most = max(len(members) for members in classes.values())
-            result[i] = np.mean([np.mean(members) for members in classes.values() if len(members) == most])
+    difference = _differences(first, second)
+    count = len(difference)
+    if count < 2:
+        return math.nan, math.nan
+    random = np.random.default_rng(address_seed(f'bootstrap {address}'))
+    means = np.concatenate([
+        difference[random.integers(0, count, (size, count))].mean(axis=1) for size in _chunks(_RESAMPLES, count)])
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def majority(votes: Sequence[Sequence[str]], rewards: np.ndarray, addresses: Sequence[str],
+             weights: np.ndarray | None = None) -> np.ndarray:
+    """Returns what each example's most frequent answer earns; ties are broken at random.  # [N]
+
+    The draw depends on the example's address and on the tied answers, never on the order of the samples. An example
+    without any vote earns 0 (no answer is never right).
+
+    Args:
+      votes: the class of answers that each sample votes for, by name; '' does not vote.
+      rewards: of the same samples; a class has the mean reward of its members.  # [N, M]
+      addresses: of the examples' draws.
+      weights: of the votes, at least 0; None weighs all alike. The weight of a class is their sum.  # [N, M]
+    """
+    result = np.zeros(len(votes))
+    weights = np.ones_like(rewards, np.float64) if weights is None else weights
+    for i, names in enumerate(votes):
+        members: dict[str, list[int]] = {}
+        for j, name in enumerate(names):
+            if name:
+                members.setdefault(name, []).append(j)
+        if members:
+            # In one order, so that equal sums are equal to the last bit.
+            heights = {name: math.fsum(weights[i, places]) for name, places in members.items()}
+            most = max(heights.values())
+            tied = [name for name, height in heights.items() if height == most]
+            result[i] = rewards[i, members[_drawn(tied, addresses[i])]].mean()
     return result
+
+
+def best_of(scores: np.ndarray, rewards: np.ndarray, texts: Sequence[Sequence[str]],
+            addresses: Sequence[str]) -> np.ndarray:
+    """Returns what each example's best scored answer earns; ties are broken at random, as in `majority`.  # [N]
+
+    Args:
+      scores: of the samples.  # [N, M]
+      rewards: of the same samples; equal texts with equal scores have the mean of theirs.  # [N, M]
+      texts: of the same samples.
+      addresses: of the examples' draws.
+    """
+    result = np.zeros(len(rewards))
+    for i, (own, given) in enumerate(zip(scores, texts, strict=True)):
+        best = [int(j) for j in np.flatnonzero(own == own.max())]
+        chosen = _drawn(sorted({given[j] for j in best}), addresses[i])
+        result[i] = rewards[i, [j for j in best if given[j] == chosen]].mean()
+    return result
+
+
+def address_seed(address: str) -> int:
+    """Returns a seed that depends on a text alone, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(address.encode()).digest()[:8], 'big')
+
+
+def _drawn(names: Sequence[str], address: str) -> str:
+    """Returns one of the names, each with the same probability, whatever their order."""
+    return min(names, key=lambda name: (address_seed(f'{address} {name}'), name))
+
+
+def _differences(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    if len(first) != len(second):
+        raise ValueError(f'a paired difference needs the same examples: got {len(first)} and {len(second)}.')
+    return np.asarray(first, np.float64).mean(1) - np.asarray(second, np.float64).mean(1)
+
+
+def _chunks(total: int, width: int) -> list[int]:
+    """Returns sizes that sum to `total`: arrays of so many rows of `width` take some tens of megabytes."""
+    size = max(1, 2 ** 22 // width)
+    return [min(size, total - first) for first in range(0, total, size)]

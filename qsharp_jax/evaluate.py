@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax import decoding, estimators, ledger, progress
+from qsharp_jax import decoding, estimators, ledger, progress, rewards
 from qsharp_jax import units as units_lib
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.experiment import Experiment, grade
@@ -35,7 +35,7 @@ class Evaluated:
     """A policy to evaluate.
 
     Attributes:
-      method: 'reference', 'qsharp', 'cd' or 'fudge'.
+      method: 'reference' or one of `categorical.METHODS`.
       iteration: of the value network; 0 for the reference.
       eta: KL coefficient; inf for the reference.
       temperature: of the sampler; 0 is greedy.
@@ -112,7 +112,7 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _read_block(experiment: Experiment, prompts: Prompts, path: Path) -> list[Row]:
-    """Returns the rows of a finished block, with new rewards if the code of the reward has changed since."""
+    """Returns the rows of a finished block, with new rewards and votes if the reward's code has changed since."""
     try:
         rows: list[Row] = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
         old = [row for row in rows if row['reward_digest'] != experiment.reward.digest]
@@ -121,11 +121,26 @@ def _read_block(experiment: Experiment, prompts: Prompts, path: Path) -> list[Ro
                          'it again.') from error
     if old:
         place = {int(example): index for index, example in enumerate(prompts.ids)}
-        rewards = grade(experiment, prompts, np.array([place[row['id']] for row in old]), [row['text'] for row in old])
-        for row, reward in zip(old, rewards, strict=True):
+        earned = grade(experiment, prompts, np.array([place[row['id']] for row in old]), [row['text'] for row in old])
+        for row, reward in zip(old, earned, strict=True):
             row.update(reward=_number(reward), reward_digest=experiment.reward.digest)
+    if old or any('vote' not in row for row in rows):  # blocks of earlier versions have no votes
+        _vote(experiment, rows)
         _write(path, rows)
     return rows
+
+
+def _vote(experiment: Experiment, rows: Sequence[Row]) -> None:
+    """Writes into each row which class of answers it votes for, among those of its policy to its question."""
+    groups: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row['policy'], row['id']), []).append(row)
+    options = experiment.config.reward_options
+    found = rewards.votes(experiment.reward, [[row['text'] for row in group] for group in groups.values()],
+                          workers=options.workers, timeout_seconds=options.timeout_seconds)
+    for group, names in zip(groups.values(), found, strict=True):
+        for row, name in zip(group, names, strict=True):
+            row['vote'] = name
 
 
 def _number(value: float) -> float | None:
@@ -143,7 +158,7 @@ def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluat
     work = _work(experiment, prompts, policies[0].guided, drawn)
     answers = [tokens[:count] for tokens, count in zip(read.tokens, read.count)]
     texts = [experiment.answer_text(answer) for answer in answers]
-    rewards = grade(experiment, prompts, units.index, texts)
+    earned = grade(experiment, prompts, units.index, texts)
     seconds = (time.perf_counter() - began) / len(answers)
     rows = []
     for i, answer in enumerate(answers):
@@ -153,10 +168,11 @@ def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluat
             'prompt': prompts.texts[units.index[i]], 'text': texts[i], 'tokens': [int(t) for t in answer],
             'answer_tokens': experiment.tokenizer.pieces(answer),
             'values': [_number(v) for v in read.values[i, :read.count[i]]],
-            'reward': _number(rewards[i]), 'reward_digest': experiment.reward.digest,
+            'reward': _number(earned[i]), 'reward_digest': experiment.reward.digest,
             'kl': float(read.kl[i]), 'truncated': not read.ended[i], 'seconds': seconds,
             'occupancy': drawn.occupancy, **{name: float(amounts[i]) for name, amounts in work._asdict().items()},
         })
+    _vote(experiment, rows)
     return rows
 
 
@@ -173,7 +189,7 @@ def _work(experiment: Experiment, prompts: Prompts, guided: bool, drawn: Drawn) 
         value_passes=drawn.value_passes)
 
 
-def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float) -> Row:
+def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float, seed: int) -> Row:
     """Returns the results of one policy on one split.
 
     Args:
@@ -181,34 +197,56 @@ def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float) -> Row:
       k: of pass@k and maj@k, at most the number of samples.
       v_min: least reward.
       v_max: greatest reward; an answer is right if it earns it.
+      seed: of the draws that break ties.
 
     Returns:
       the keys of a row of results.jsonl that are measured. `kl` is Σ over an answer's tokens of the full-vocabulary
       KL(policy ‖ reference at the temperature of the run's sampler), mean over answers, in nats; `kl_per_token`
       divides the total by the number of tokens. Standard errors are clustered by example. What answers cost
       (`ledger.Work`, and seconds) is given for each answer and for each right one: all of it over the right ones.
+      Of k answers, `maj@k` is what the class with most of them earns; where a value network has scored them (`score`),
+      `best_of_k` is what the one with the highest score earns, and `weighted_maj@k` what the class with the highest sum
+      of scores above `v_min` does; otherwise these are None.
     """
     table = by_example(rows, v_min)
-    rewards, kl = table['reward'], table['kl']
-    k = min(k, rewards.shape[1])
-    # As many votes of k as there are answers for: more voters than k would be another metric.
-    votes = np.stack([
-        estimators.majority([texts[first:first + k] for texts in table['text']], rewards[:, first:first + k])
-        for first in range(0, rewards.shape[1] - k + 1, k)], axis=1)
-    mean, error = estimators.mean_and_se(rewards)
+    earned, kl = table['reward'], table['kl']
+    k = min(k, earned.shape[1])
+    mean, error = estimators.mean_and_se(earned)
     kl_mean, kl_error = estimators.mean_and_se(kl)
-    vote, vote_error = estimators.mean_and_se(votes)
+    chosen = _chosen(table, k, v_min, seed)
     return {
-        'pass@1': mean, 'pass@1_se': error, 'pass@k': estimators.pass_at_k(rewards >= v_max, k), 'maj@k': vote,
-        'maj@k_se': vote_error, 'k': k, 'kl': kl_mean, 'kl_se': kl_error,
+        'pass@1': mean, 'pass@1_se': error, 'pass@k': estimators.pass_at_k(earned >= v_max, k), **chosen, 'k': k,
+        'kl': kl_mean, 'kl_se': kl_error,
         'kl_per_token': float(kl.sum() / sum(len(row['tokens']) for row in rows)),
         'truncated': float(np.mean([row['truncated'] for row in rows])),
         'abstained': float(np.mean([row['reward'] is None for row in rows])),
         'tokens_per_answer': float(np.mean([len(row['tokens']) for row in rows])),
         'occupancy': float(np.mean([row['occupancy'] for row in rows])),
-        'n_examples': int(rewards.shape[0]), 'n_samples': int(rewards.shape[1]),
-        'seconds': float(sum(row['seconds'] for row in rows)), **_costs(rows, int(np.sum(rewards >= v_max))),
+        'n_examples': int(earned.shape[0]), 'n_samples': int(earned.shape[1]),
+        'seconds': float(sum(row['seconds'] for row in rows)), **_costs(rows, int(np.sum(earned >= v_max))),
     }
+
+
+def _chosen(table: dict[str, Any], k: int, v_min: float, seed: int) -> Row:
+    """Returns what one of k answers earns that is chosen by votes, scores, or both, with standard errors."""
+    earned, scores = table['reward'], table['score']
+    found: dict[str, list[np.ndarray]] = {'maj@k': []}
+    if scores is not None:
+        found.update({'best_of_k': [], 'weighted_maj@k': []})
+    # As many choices of k as there are answers for: more voters than k would be another metric.
+    for first in range(0, earned.shape[1] - k + 1, k):
+        part = slice(first, first + k)
+        votes, texts = ([group[part] for group in table[name]] for name in ('vote', 'text'))
+        addresses = [f'{seed} tie {example} {first}' for example in table['id']]
+        found['maj@k'].append(estimators.majority(votes, earned[:, part], addresses))
+        if scores is not None:
+            found['best_of_k'].append(estimators.best_of(scores[:, part], earned[:, part], texts, addresses))
+            found['weighted_maj@k'].append(
+                estimators.majority(votes, earned[:, part], addresses, scores[:, part] - v_min))
+    row: Row = {'best_of_k': None, 'best_of_k_se': None, 'weighted_maj@k': None, 'weighted_maj@k_se': None}
+    for name, columns in found.items():
+        row[name], row[f'{name}_se'] = estimators.mean_and_se(np.stack(columns, axis=1))
+    return row
 
 
 def _costs(rows: Sequence[Row], right: int) -> Row:
@@ -219,22 +257,42 @@ def _costs(rows: Sequence[Row], right: int) -> Row:
 
 
 def by_example(rows: Sequence[Row], v_min: float) -> dict[str, Any]:
-    """Returns {'id': [N], 'reward': [N, M], 'kl': [N, M], 'text': N lists of M} of one policy's rows, by id."""
+    """Returns one policy's rows by id.
+
+    {'id': [N], 'reward': [N, M], 'kl': [N, M], 'text' and 'vote': N lists of M, 'score': [N, M], or None unless every
+    row has one}.
+    """
     grouped: dict[int, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row['id'], row['sample'])):
         grouped.setdefault(row['id'], []).append(row)
     members = list(grouped.values())
+    scored = all('score' in row for row in rows)
     return {
         'id': list(grouped),
         'reward': np.array([[v_min if row['reward'] is None else row['reward'] for row in group] for group in members]),
         'kl': np.array([[row['kl'] for row in group] for group in members]),
         'text': [[row['text'].strip() for row in group] for group in members],
+        'vote': [[row['vote'] for row in group] for group in members],
+        'score': np.array([[row['score'] for row in group] for group in members], np.float64) if scored else None,
     }
 
 
-def compare(rows: Sequence[Row], baseline: Sequence[Row], v_min: float) -> tuple[float, float]:
-    """Returns mean reward of `rows` minus that of `baseline` on the same examples, and its paired standard error."""
+def compare(rows: Sequence[Row], baseline: Sequence[Row], v_min: float, address: str) -> dict[str, float]:
+    """Returns mean reward of `rows` minus that of `baseline` on the same examples, and how sure that is.
+
+    Args:
+      rows: of one policy.
+      baseline: of another.
+      v_min: least reward.
+      address: of the bootstrap's draws.
+
+    Returns:
+      the difference ('' is its name), its paired standard error ('_se'), and its 95 % interval by the paired bootstrap
+      ('_low', '_high').
+    """
     first, second = by_example(rows, v_min), by_example(baseline, v_min)
     if first['id'] != second['id']:
         raise ValueError('a paired comparison needs both policies on the same examples.')
-    return estimators.paired_difference(first['reward'], second['reward'])
+    mean, error = estimators.paired_difference(first['reward'], second['reward'])
+    low, high = estimators.bootstrap_interval(first['reward'], second['reward'], address)
+    return {'': mean, '_se': error, '_low': low, '_high': high}

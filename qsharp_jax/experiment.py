@@ -49,6 +49,7 @@ class Experiment:
       distribution: how its scores are read.
       reward: what an answer earns.
       eos_ids: every token that ends an answer.
+      role: what its value networks are called in the work directory: 'value', or 'cd' for CD's own.
       splits: prompts of the splits that were asked for so far; see `prompts`.
     """
 
@@ -68,6 +69,7 @@ class Experiment:
     distribution: ReturnDistribution
     reward: rewards.Reward
     eos_ids: tuple[int, ...]
+    role: str = 'value'
     splits: dict[str, Prompts] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -76,12 +78,13 @@ class Experiment:
         collect = self.config.collect
         return RolloutConfig(self.config.sampling.max_new_tokens, cut=collect.cut, budget=collect.budget)
 
-    def guidance(self, offset: str) -> decoding.Guidance:
-        """Returns the guidance by the value network with this offset."""
+    def guidance(self, method: str) -> decoding.Guidance:
+        """Returns the guidance of a method (`categorical.METHODS`) by the value network."""
         guidance = self.config.guidance
+        offset, outside = ('cd', 'average') if method == 'vas' else (method, guidance.outside)
         return decoding.Guidance(
             value=self.value, distribution=self.distribution, candidates=guidance.candidates,
-            outside=guidance.outside, order=guidance.order, offset=offset, draft=guidance.draft)
+            outside=outside, order=guidance.order, offset=offset, draft=guidance.draft)
 
     def policies(self, eta: Sequence[float], temperature: Sequence[float]) -> Policy:
         """Returns policies, on the host, with the sampler's top-k and top-p.  # [M], [M] -> [M] each
@@ -155,9 +158,20 @@ class Experiment:
         """Where D is."""
         return self.workdir / 'dataset'
 
+    @functools.cached_property
+    def for_cd(self) -> Experiment:
+        """The same with the value network that guides CD: fitted by squared error, unless it shares that of Q#."""
+        if self.config.eval.cd_network == 'shared':
+            return self
+        distribution = categorical.make('mse', self.distribution.v_min, self.distribution.v_max)
+        value_config = dataclasses.replace(self.value_config, num_scores=distribution.num_scores)
+        return dataclasses.replace(
+            self, value_config=value_config, value=networks.value(self.value_shape, value_config),
+            distribution=distribution, role='cd')
+
     def value_dir(self, iteration: int) -> Path:
         """Where the finished value network of an iteration is."""
-        return self.workdir / 'checkpoints' / f'value_{iteration}'
+        return Path(self.config.value.run or self.workdir) / 'checkpoints' / f'{self.role}_{iteration}'
 
     def value_digest(self, iteration: int) -> str:
         """Returns a name for the value network of an iteration that changes when it does; '' for iteration 0."""

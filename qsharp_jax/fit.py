@@ -1,6 +1,7 @@
 """The fit of one iteration: maximum likelihood of the returns in D, from the base network, with checkpoints."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -41,20 +42,21 @@ def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> P
                                  config.fit.accumulate)
     etas = tuple(sorted({float(config.eta), *(float(eta) for eta in config.eval.etas)}))
     predict = learner.make_predict(scores_fn(experiment), experiment.distribution, etas)
-    saved = checkpoint.Checkpoints(experiment.workdir / 'checkpoints' / f'fit_{iteration}', config.checkpoint.keep)
+    stage = f'fit_{iteration}' if experiment.role == 'value' else f'fit_{experiment.role}_{iteration}'
+    saved = checkpoint.Checkpoints(experiment.workdir / 'checkpoints' / stage, config.checkpoint.keep)
     digest = train.digest
     found = saved.restore_latest(state)
     if found is not None:
         state, meta = found
         if meta['dataset'] != digest:
             raise ValueError(
-                f'the checkpoint of fit {iteration} was made on other data than {experiment.dataset_dir} holds now. '
-                f'Delete {experiment.workdir / "checkpoints" / f"fit_{iteration}"} to fit again.')
+                f'the checkpoint of {stage} was made on other data than {experiment.dataset_dir} holds now. '
+                f'Delete {experiment.workdir / "checkpoints" / stage} to fit again.')
     first = int(state.step)
-    stage = f'fit_{iteration}'
     writer = Writer(experiment.workdir)
     writer.resume(stage, first)
-    with progress.bar(f'fit {iteration}/{config.iterations}', total=steps, unit='steps', initial=first) as bar:
+    title = f'{stage.replace("_", " ")}/{config.iterations}'
+    with progress.bar(title, total=steps, unit='steps', initial=first) as bar:
         for step in range(first, steps):
             state, metrics = update(state, sharding.shard_batch(experiment.mesh, train.batch(step)))
             done = step + 1
@@ -62,7 +64,7 @@ def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> P
             if last or done % config.logging.every_steps == 0:
                 row = {name: float(value) for name, value in metrics.items()}
                 if not math.isfinite(row['loss']):
-                    raise ValueError(f'the loss of fit {iteration} is {row["loss"]} at step {done}: lower '
+                    raise ValueError(f'the loss of {stage} is {row["loss"]} at step {done}: lower '
                                      'fit.learning_rate or fit.clip_norm. The last checkpoint is kept.')
                 writer.write(stage, done, {**row, 'epoch': done / train.steps_per_epoch}, iteration=iteration)
                 bar.update(done - bar.count, loss=row['loss'])
@@ -138,9 +140,9 @@ def write_calibration(experiment: Experiment, iteration: int, quality: learner.F
     predictions, support = quality.predictions, experiment.distribution
     low, high = support.v_min, support.v_max
     bins = _reliability(experiment, quality)
+    edges = calibration.position_edges(int(predictions.position.max()))
     positions = calibration.by_position(
-        predictions.mean, predictions.reward, predictions.weight, predictions.position,
-        list(range(int(predictions.position.max()) + 2)), low, high)
+        predictions.mean, predictions.reward, predictions.weight, predictions.position, edges, low, high)
     content = {
         'loss': quality.loss, 'accuracy': quality.accuracy, 'brier': quality.brier, 'ece': calibration.ece(bins),
         'auc': calibration.auc(predictions.mean, predictions.reward > (low + high) / 2, predictions.weight),
@@ -150,20 +152,13 @@ def write_calibration(experiment: Experiment, iteration: int, quality: learner.F
              'mean_outcome': float(observed), 'standard_error': float(error), 'weight': float(weight)}
             for lower, upper, predicted, observed, error, weight in zip(
                 bins.lower, bins.upper, bins.predicted, bins.observed, bins.standard_error, bins.weight)],
-        'by_position': [{'position': row.first, 'loss': _loss_at(predictions, row.first), 'count': row.count,
-                         'predicted': row.predicted, 'observed': row.observed, 'brier': row.brier, 'ece': row.ece,
-                         'auc': row.auc} for row in positions],
-        'weights': [
-            {'eta': eta, **{name: {'value': mean.value, 'standard_error': mean.standard_error}
-                            for name, mean in (('predicted', found.predicted), ('observed', found.observed),
-                                               ('difference', found.difference))}}
-            for column, eta in enumerate(etas)
-            for found in [calibration.weight_calibration(
-                predictions.log_weight[:, column], predictions.reward, predictions.weight, predictions.example, eta,
-                high)]
-        ],
+        'by_position': [{'position': row.first, 'last': row.last, 'loss': _loss_at(predictions, row.first, row.last),
+                         'count': row.count, 'predicted': row.predicted, 'observed': row.observed, 'brier': row.brier,
+                         'ece': row.ece, 'auc': row.auc} for row in positions],
+        'weights': [_weights(predictions, column, eta, high, edges) for column, eta in enumerate(etas)],
     }
-    path = experiment.workdir / 'calibration' / f'iteration_{iteration}.json'
+    name = 'iteration' if experiment.role == 'value' else experiment.role
+    path = experiment.workdir / 'calibration' / f'{name}_{iteration}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     # NaN, where there is nothing to estimate an error from, is no JSON.
     text = json.dumps(content, indent=1).replace('NaN', 'null')
@@ -177,6 +172,20 @@ def _reliability(experiment: Experiment, quality: learner.FitEvaluation) -> cali
         support.v_max)
 
 
-def _loss_at(predictions: learner.Predictions, position: int) -> float:
-    at = predictions.position == position
+def _weights(predictions: learner.Predictions, column: int, eta: float, v_max: float,
+             edges: list[int]) -> dict[str, Any]:
+    """Returns how E exp(Z / eta) compares with what was observed, over all positions and for each range of them."""
+    given = predictions.log_weight[:, column], predictions.reward, predictions.weight, predictions.example
+
+    def plain(found: calibration.WeightCalibration) -> dict[str, Any]:
+        return {name: dataclasses.asdict(mean) for name, mean in (
+            ('predicted', found.predicted), ('observed', found.observed), ('difference', found.difference))}
+
+    return {'eta': eta, **plain(calibration.weight_calibration(*given, eta, v_max)),
+            'by_position': [{'position': first, **plain(found)} for first, found in calibration.weight_by_position(
+                *given, predictions.position, edges, eta, v_max)]}
+
+
+def _loss_at(predictions: learner.Predictions, first: int, last: int) -> float:
+    at = (first <= predictions.position) & (predictions.position <= last)
     return float(np.average(predictions.loss[at], weights=predictions.weight[at]))

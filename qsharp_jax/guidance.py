@@ -16,7 +16,7 @@ from qsharp_jax import types
 
 Array = jax.Array
 
-OUTSIDE = ('zero', 'remove', 'min', 'mean', 'soft_bellman')
+OUTSIDE = ('zero', 'remove', 'min', 'mean', 'average', 'soft_bellman')
 ORDERS = ('paper', 'after_sampler')
 
 _HEAD = 256  # a nucleus that ends among this many most probable tokens is found without looking at the others
@@ -124,6 +124,8 @@ def offsets(sampler_log_probs: Array, log_weight: Array, scored: Array, root_log
       remove: -inf, as the official star-graph code;
       min: the least of the scored tokens;
       mean: the mean weight of the scored tokens under the sampler;
+      average: the plain mean of the scored tokens' log weights: with E[Z] / η, value-augmented sampling (Han et al.
+        2024), which adds to each scored token by how much it is above their average, and nothing to the others;
       soft_bellman: what is left of the root's weight, (w(root) - Σ π w) / (1 - Σ π) over the scored tokens,
         since the weight of a prefix is the mean of its tokens' weights; kept within the range of the scored
         weights, and `mean` at the first token or where the sampler puts less than 1e-3 on all such tokens.
@@ -155,6 +157,9 @@ def offsets(sampler_log_probs: Array, log_weight: Array, scored: Array, root_log
         rest = jnp.full_like(best, -jnp.inf)
     elif outside == 'min':
         rest = least
+    elif outside == 'average':
+        rest = jnp.sum(centred, axis=-1, keepdims=True, where=scored) / jnp.maximum(
+            jnp.sum(scored, axis=-1, keepdims=True), 1)
     else:
         inside_mass = _log_sum(sampler_log_probs, scored)
         inside_weight = _log_sum(sampler_log_probs + centred, scored)
@@ -204,6 +209,8 @@ def is_open(candidate_logits: Array, candidate_weighing: Array, others: Array, l
         rest = jnp.full_like(high, -jnp.inf)
     elif outside == 'min':
         rest = jnp.min(most, axis=-1)
+    elif outside == 'average':
+        rest = jnp.mean(most, axis=-1)
     else:
         rest = jax.nn.logsumexp(candidate_weighing + most, axis=-1) - jax.nn.logsumexp(candidate_weighing, axis=-1)
     # Before anything is scored, the most probable token is known to weigh at least `low`.

@@ -16,6 +16,7 @@ from qsharp_jax import checkpoint
 from qsharp_jax import config as config_lib
 from qsharp_jax.data.dataset import DatasetWriter, Manifest, Shard
 from qsharp_jax.experiment import Experiment
+from qsharp_jax.metrics import read_rows, replace_text
 
 # What roll-outs depend on; the reward and all that comes after them may differ.
 _DRAWN_BY = ('seed', 'task.*', 'reference.*', 'sampling.*', 'collect.examples', 'collect.samples', 'collect.cut',
@@ -23,12 +24,15 @@ _DRAWN_BY = ('seed', 'task.*', 'reference.*', 'sampling.*', 'collect.examples', 
 _WHEREVER = ('task.data_dir', 'task.*.folder', 'task.math.test_folder', 'reference.scan_layers')
 
 
-def adopt(parts: Experiment, source: Path) -> str:
+def adopt(parts: Experiment, source: Path, iterations: int = 0) -> str:
     """Puts the roll-outs of another run into this run's D, and returns a sentence on what their labels are worth.
+
+    The reference's own answers to the questions that both runs evaluate come along.
 
     Args:
       parts: the run, loaded.
       source: work directory of the other run. It is only read.
+      iterations: how many of its iterations are taken; 0 for all.
 
     Raises:
       ValueError: it holds no roll-outs, or such that this run would not have drawn; or D has others already.
@@ -39,7 +43,7 @@ def adopt(parts: Experiment, source: Path) -> str:
     other = config_lib.from_json(path.read_text())
     _check_drawn_alike(parts, source, config_lib.flatten(other))
     manifest = Manifest(source / 'dataset')
-    shards = manifest.upto(parts.config.iterations)
+    shards = manifest.upto(min(parts.config.iterations, iterations or parts.config.iterations))
     if not shards:
         raise ValueError(f'--relabel_from {source} has no roll-outs yet.')
     if jax.process_index() == 0:
@@ -47,6 +51,7 @@ def adopt(parts: Experiment, source: Path) -> str:
         for shard in shards:
             _check_prompts(parts, manifest, shard)
             writer.adopt(manifest, shard, {'relabelled_from': str(source), 'roll_in_reward': other.reward})
+        _adopt_answers(parts, source)
     last = shards[-1].iteration
     found = (f'{sum(shard.n for shard in shards)} roll-outs of {last} iteration{"s" * (last > 1)} come from {source} '
              f'and are graded anew, by {parts.reward.spec}: the reference finished each of them, so labels of any '
@@ -55,6 +60,22 @@ def adopt(parts: Experiment, source: Path) -> str:
         found += (f' But iterations 2 to {last} were rolled in with a policy guided by {other.reward}: they cover what '
                   'that reward led to, not what this one would.')
     return found
+
+
+def _adopt_answers(parts: Experiment, source: Path) -> None:
+    """Copies the blocks of the reference's answers to the questions that are here too.
+
+    A directory's name says what else they depend on.
+    """
+    for path in sorted((source / 'samples').glob('*/reference-*/block_*.jsonl')):
+        target = parts.workdir / path.relative_to(source)
+        if target.exists():
+            continue
+        prompts = parts.prompts(path.parts[-3])
+        asked = set(zip(prompts.ids.tolist(), prompts.texts, strict=True))
+        if all((row['id'], row['prompt']) in asked for row in read_rows(path)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(target, path.read_text(encoding='utf-8'))
 
 
 def _check_drawn_alike(parts: Experiment, source: Path, old: dict[str, object]) -> None:

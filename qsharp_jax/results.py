@@ -1,7 +1,7 @@
 """Which policies are evaluated when, and their rows of results.jsonl."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import dataclasses
 import functools
 import math
@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from qsharp_jax import evaluate
+from qsharp_jax import estimators, evaluate, ranking
+from qsharp_jax.categorical import METHODS
 from qsharp_jax.evaluate import Evaluated, Row
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import ResultsFile
@@ -29,7 +30,7 @@ class Plan:
       examples: number of prompts of each split; 0 for all.
       samples: answers a prompt.
       etas: KL coefficients.
-      methods: any of 'qsharp', 'cd', 'fudge'.
+      methods: any of `categorical.METHODS`.
       temperatures: of the reference, the sampler's own first.
     """
 
@@ -54,17 +55,18 @@ def plan_of(config: Any) -> Plan:
         temperatures=tuple(dict.fromkeys([own, *map(float, evaluation.reference_temperatures)])))
 
 
-def policies(plan: Plan, iteration: int) -> list[list[Evaluated]]:
+def policies(plan: Plan, iteration: int, methods: Collection[str] = METHODS) -> list[list[Evaluated]]:
     """Returns the policies that are evaluated after an iteration, those that decode together in one list.
 
-    Iteration 0 is the reference, at the sampler's temperature and sharpened. CD and FUDGE are evaluated on the first
-    iteration's network alone, which has seen the reference's own data only, as those methods do.
+    Iteration 0 is the reference, at the sampler's temperature and sharpened. CD, VAS and FUDGE are evaluated on the
+    first iteration's network alone, which has seen the reference's own data only, as those methods do. CD comes first:
+    others are compared with it. Of the plan's methods, those among `methods` are meant.
     """
     if iteration == 0:
         return [[Evaluated('reference', 0, math.inf, temperature) for temperature in plan.temperatures]]
     groups = []
-    for method in plan.methods:
-        if method == 'qsharp' or iteration == 1:
+    for method in sorted(plan.methods, key=lambda method: method != 'cd'):
+        if method in methods and (method == 'qsharp' or iteration == 1):
             # FUDGE's weight does not depend on eta.
             etas = plan.etas[:1] if method == 'fudge' else plan.etas
             groups.append([Evaluated(method, iteration, eta, plan.temperatures[0]) for eta in etas])
@@ -77,9 +79,12 @@ class Evaluation:
     def __init__(self, parts: Experiment, plan: Plan) -> None:
         self._parts, self._plan = parts, plan
         self._answers: dict[tuple[str, Evaluated], list[Row]] = {}
+        # The chosen policy of a method and split: its row, which says what it was compared with.
+        self._chosen: dict[tuple[str, str], Evaluated] = {}
         self._results = ResultsFile(parts.workdir / 'results.jsonl')
 
-    def run(self, iteration: int, values: Params, record: bool = True) -> None:
+    def run(self, iteration: int, values: Params, cd_values: Params = None, record: bool = True,
+            methods: Collection[str] = METHODS) -> None:
         """Adds the rows of every policy of an iteration to results.jsonl.
 
         The eta with the best pass@1 on the selection split, of equals the weakest guidance, is marked in the rows of
@@ -88,23 +93,51 @@ class Evaluation:
         Args:
           iteration: 0 for the reference, else that of the value network.
           values: parameters of that network; None for iteration 0.
+          cd_values: of the network that CD and VAS are guided by, if they have their own.
           record: False to draw the answers for comparisons only, and leave results.jsonl as it is.
+          methods: that are meant, of those of the plan.
         """
         plan = self._plan
-        for group in policies(plan, iteration):
+        for group in policies(plan, iteration, methods):
+            method = group[0].method
+            own = method in ('cd', 'vas') and cd_values is not None
             best: float | None = None
             for split in plan.splits:
-                self._answer(group, values, split)
-                rows = [self._row(evaluated, split) for evaluated in group]
+                self._answer(group, cd_values if own else values, split)
                 if split == plan.select_split:
-                    best = max(rows, key=lambda row: (row['pass@1'], row['eta']))['eta']
-                for row in rows:
-                    row['selected'] = row['eta'] == (float(self._parts.config.eta) if best is None else best)
+                    best = self._best(group, split)
+                chosen = float(self._parts.config.eta) if best is None else best
+                for evaluated in group:
+                    # The reference's is that of the sampler's own temperature; FUDGE has one only.
+                    if evaluated == group[0] if method in ('reference', 'fudge') else evaluated.eta == chosen:
+                        self._chosen[method, split] = evaluated
                 if record:
-                    self._results.add(rows)
+                    self._results.add([self._row(evaluated, split) for evaluated in group])
+
+    def rank(self, iteration: int, values: Params) -> None:
+        """Scores answers by a value network, and adds what best-of-k and weighted votes earn to results.jsonl.
+
+        These are the answers, on the evaluated split, of the reference at the sampler's temperature and of each method
+        at its chosen eta.
+
+        Args:
+          iteration: that the network is of.
+          values: its parameters.
+        """
+        split = self._parts.config.eval.split
+        chosen = [evaluated for (_, where), evaluated in self._chosen.items() if where == split]
+        if split not in self._plan.splits or not chosen:
+            return
+        rows = [row for evaluated in chosen for row in self._answers[split, evaluated]]
+        scores = ranking.end_values(self._parts, iteration, values, self._parts.prompts(split), rows)
+        for row, score in zip(rows, scores, strict=True):
+            row['score'] = float(score)
+        self._results.add([self._row(evaluated, split, scored_by=iteration) for evaluated in chosen])
 
     def _answer(self, group: Sequence[Evaluated], values: Params, split: str) -> None:
-        parts, plan = self._parts, self._plan
+        plan = self._plan
+        # Its directories and how it is read go with a network.
+        parts = self._parts.for_cd if group[0].method in ('cd', 'vas') else self._parts
         prompts = parts.prompts(split)
         wanted = plan.examples[split]
         if wanted > len(prompts):
@@ -116,20 +149,31 @@ class Evaluation:
         for number, evaluated in enumerate(group):
             self._answers[split, evaluated] = [row for row in rows if row['policy'] == number]
 
-    def _row(self, evaluated: Evaluated, split: str) -> Row:
+    def _best(self, group: Sequence[Evaluated], split: str) -> float:
+        """Returns the eta with the best pass@1, of equals the largest."""
+        low = self._parts.distribution.v_min
+        return max((estimators.mean_and_se(evaluate.by_example(self._answers[split, evaluated], low)['reward'])[0],
+                    evaluated.eta) for evaluated in group)[1]
+
+    def _row(self, evaluated: Evaluated, split: str, scored_by: int | None = None) -> Row:
         parts, plan = self._parts, self._plan
         low, high = parts.distribution.v_min, parts.distribution.v_max
+        seed = int(parts.config.seed)
         own = self._answers[split, evaluated]
-        row = {**evaluated.key, 'split': split, **evaluate.summarise(own, parts.config.eval.maj_k, low, high),
-               'commit': commit(), 'devices': jax.device_count(), 'seed': int(parts.config.seed)}
-        before = {
+        row = {**evaluated.key, 'split': split, **evaluate.summarise(own, parts.config.eval.maj_k, low, high, seed),
+               'scored_by': scored_by, 'commit': commit(), 'devices': jax.device_count(), 'seed': seed}
+        others = {
             # At the same sampling settings.
-            'gain': Evaluated('reference', 0, math.inf, plan.temperatures[0]),
-            'gain_on_previous': dataclasses.replace(evaluated, iteration=evaluated.iteration - 1),
+            'reference': Evaluated('reference', 0, math.inf, plan.temperatures[0]),
+            'previous': dataclasses.replace(evaluated, iteration=evaluated.iteration - 1),
         }
-        for name, other in before.items():
-            if evaluated.method != 'reference' and (split, other) in self._answers:
-                row[name], row[f'{name}_se'] = evaluate.compare(own, self._answers[split, other], low)
+        if ('cd', split) in self._chosen:
+            others['cd'] = self._chosen['cd', split]
+        for name, other in others.items():
+            if other != evaluated and evaluated.method != 'reference' and (split, other) in self._answers:
+                found = evaluate.compare(own, self._answers[split, other], low, f'{seed} {split}')
+                row.update({f'difference_to_{name}{part}': value for part, value in found.items()})
+        row['selected'] = self._chosen.get((evaluated.method, split)) == evaluated
         return row
 
 

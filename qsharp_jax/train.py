@@ -18,7 +18,7 @@ from qsharp_jax import checkpoint, collect
 from qsharp_jax import config as config_lib
 from qsharp_jax import describe, experiment, fit, fits, progress, relabel, report, sharding
 from qsharp_jax import topology as topology_lib
-from qsharp_jax.categorical import OFFSETS
+from qsharp_jax.categorical import METHODS
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows, replace_text
@@ -29,7 +29,7 @@ _NOTHING_YET = {'config.json', 'config.json.tmp', 'timings.json', 'timings.json.
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = False,
-        topology: str = '', relabel_from: Path | None = None) -> Path | None:
+        topology: str = '', relabel_from: Path | None = None, relabel_iterations: int = 0) -> Path | None:
     """Runs an experiment to its end, or on from where it was killed, and returns the path of its report.
 
     Args:
@@ -38,6 +38,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
       dry_run: print what would run, and stop; the work directory is not touched.
       topology: of a dry run: TPUs to compile its programs for, such as 'v5e:4x4'; '' for none.
       relabel_from: work directory of a run of the same roll-outs, which are graded anew in place of being decoded.
+      relabel_iterations: how many iterations of that run are taken; 0 for all.
 
     Raises:
       ValueError: a topology is given and it is no dry run, or there is no such topology; or as `relabel.adopt`.
@@ -64,20 +65,76 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
     if ledger:
         replace_text(directory / ledger.name, ledger.read_text())
     if relabel_from:
-        print(relabel.adopt(parts, relabel_from), flush=True)
+        print(relabel.adopt(parts, relabel_from, relabel_iterations), flush=True)
 
     evaluation = Evaluation(parts, plan_of(config))
     values: Params = None
+    networks = borrowed(parts) if config.value.run else []
     with timed(directory, 'evaluate 0'):
         evaluation.run(0, None)
+    for iteration, values, own, methods in networks:
+        with timed(directory, f'evaluate {iteration}'):
+            evaluation.run(iteration, values, own, methods=methods)
+    if networks:
+        if config.eval.reward_model:
+            with timed(directory, 'score answers'):
+                evaluation.rank(networks[-1][0], networks[-1][1])
+        return report.print_results(directory)
     for iteration in range(1, config.iterations + 1):
         with timed(directory, f'collect {iteration}'):
             collect.collect_iteration(parts, iteration, values)
         with timed(directory, f'fit {iteration}'):
             values = fit.fit_iteration(parts, iteration, values)
+        cd_values: Params = None
+        if iteration == 1 and needs_cd_network(config):
+            with timed(directory, 'fit cd'):
+                cd_values = fit.fit_iteration(parts.for_cd, 1, None)
         with timed(directory, f'evaluate {iteration}'):
-            evaluation.run(iteration, values)
+            evaluation.run(iteration, values, cd_values)
+    if config.eval.reward_model:
+        with timed(directory, 'score answers'):
+            evaluation.rank(config.iterations, values)
     return report.print_results(directory)
+
+
+def needs_cd_network(config: ml_collections.ConfigDict) -> bool:
+    """Returns whether CD or VAS is evaluated with a value network of its own."""
+    return config.eval.cd_network == 'own' and not {'cd', 'vas'}.isdisjoint(config.eval.methods)
+
+
+def borrowed(parts: Experiment) -> list[tuple[int, Params, Params, tuple[str, ...]]]:
+    """Returns the networks of the run `value.run`, which guide another reference here, and the methods each is for.
+
+    These are (iteration, the value network, CD's own or None, methods): the last for Q#, and before it, where it is
+    another and other methods are evaluated, that of the first iteration.
+
+    Raises:
+      ValueError: that run has finished none, or one of another tokenizer or shape.
+    """
+    source, config = Path(parts.config.value.run), parts.config
+    finished = [int(path.parent.name.removeprefix('value_'))
+                for path in (source / 'checkpoints').glob(f'value_*/{checkpoint.VALUE_FILE}')]
+    if not finished:
+        raise ValueError(f'value.run is {str(source)!r}, which holds no finished value network: name the work '
+                         'directory of a run that has fitted one.')
+
+    def network(of: Experiment, iteration: int) -> Params:
+        directory = of.value_dir(iteration)
+        # Before its shapes, which may differ for the same reason.
+        if checkpoint.load_meta(directory)['tokenizer'] != parts.tokenizer.fingerprint:
+            raise ValueError(f'value.run is {str(source)!r}, whose value network reads another tokenizer than the '
+                             'reference here has: a value network guides policies of its own tokenizer only.')
+        values, meta = checkpoint.restore_params(directory, of.value_target)
+        checkpoint.check_value_meta(meta, of.value_meta(), allow_other=True)
+        return values
+
+    last = max(finished)
+    others = tuple(method for method in config.eval.methods if method != 'qsharp')
+    values = network(parts, last)
+    cd_values = network(parts.for_cd, 1) if needs_cd_network(config) else None
+    if last == 1 or not others:
+        return [(last, values, cd_values, METHODS)]
+    return [(1, network(parts, 1), cd_values, others), (last, values, None, ('qsharp',))]
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -136,7 +193,7 @@ def open_run(workdir: Path, iteration: int = 0) -> tuple[Experiment, int, Params
     chosen = iteration or finished[-1]
     parts = experiment.load(parts)
     values, meta = checkpoint.restore_params(parts.value_dir(chosen), parts.value_target)
-    checkpoint.check_value_meta(meta, parts.value_meta())
+    checkpoint.check_value_meta(meta, parts.value_meta(), allow_other=bool(config.value.run))
     return parts, chosen, values
 
 
@@ -149,21 +206,21 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
       etas: KL coefficients.
       split: of the task.
       iteration: as in `open_run`.
-      methods: any of 'qsharp', 'cd', 'fudge'; the last two only of iteration 1.
+      methods: any of `categorical.METHODS`; others than 'qsharp' only of iteration 1.
       examples: prompts of the split; 0 for as many as the run evaluates of it.
       samples: answers a prompt; 0 for as many as the run draws.
     """
     if not etas or not all(eta > 0 for eta in etas):
         raise ValueError(f'--etas is {list(etas)}; every eta must be above 0 (inf is the reference itself).')
-    if not methods or set(methods) - set(OFFSETS):
-        raise ValueError(f'--methods is {",".join(methods)!r}; it must be any of {", ".join(OFFSETS)}.')
+    if not methods or set(methods) - set(METHODS):
+        raise ValueError(f'--methods is {",".join(methods)!r}; it must be any of {", ".join(METHODS)}.')
     for name, number in (('examples', examples), ('samples', samples)):
         if number < 0:
             raise ValueError(f'--{name} is {number}; it must be 0 (as the run does) or more.')
     workdir = Path(workdir)
     parts, chosen, values = open_run(workdir, iteration)
     if chosen != 1 and set(methods) - {'qsharp'}:
-        raise ValueError(f'--methods {",".join(methods)} of iteration {chosen}: CD and FUDGE are evaluated on the '
+        raise ValueError(f'--methods {",".join(methods)} of iteration {chosen}: CD, VAS and FUDGE are evaluated on the '
                          'network of iteration 1 only, since later data are not the reference\'s own.')
     usual = plan_of(parts.config)
     plan = dataclasses.replace(
@@ -174,5 +231,8 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
     # The run's own rows of the reference stand, which may be of more answers than these.
     there = any(row['method'] == 'reference' and row['split'] == split for row in read_rows(workdir / 'results.jsonl'))
     evaluation.run(0, None, record=not there)
-    evaluation.run(chosen, values)
+    cd_values: Params = None
+    if needs_cd_network(parts.config) and not {'cd', 'vas'}.isdisjoint(methods):
+        cd_values = fit.fit_iteration(parts.for_cd, 1, None)
+    evaluation.run(chosen, values, cd_values)
     report.print_results(workdir)

@@ -141,3 +141,27 @@ def test_lengths_must_agree():
         calibration.brier(np.zeros(3), np.zeros(4), np.ones(3))
     with pytest.raises(ValueError, match='at least 1'):
         calibration.brier(np.zeros(0), np.zeros(0), np.ones(0))
+
+
+def test_weights_are_compared_range_by_range():
+    predicted, observed, weights, clusters = _data(300, 1)
+    positions = np.random.default_rng(9).integers(0, 7, 300)
+    log_weight = np.log(1 + predicted * (np.exp(1 / 0.3) - 1))
+    found = dict(calibration.weight_by_position(
+        log_weight, observed, weights, clusters, positions, [0, 2, 3, 9], 0.3, 1.0))
+    assert list(found) == [0, 2, 3]
+    for first, end in ((0, 2), (2, 3), (3, 9)):
+        inside = (first <= positions) & (positions < end)
+        alone = calibration.weight_calibration(
+            log_weight[inside], observed[inside], weights[inside], clusters[inside], 0.3, 1.0)
+        assert found[first] == alone
+    assert [first for first, _ in calibration.weight_by_position(
+        log_weight, observed, weights, clusters, positions, [0, 7, 20], 0.3, 1.0)] == [0]
+
+
+@pytest.mark.parametrize('last', (0, 5, 39, 40, 79, 80, 1023))
+def test_ranges_of_positions_hold_each_once(last):
+    edges = calibration.position_edges(last)
+    assert edges[0] == 0 and edges[-2] <= last < edges[-1] and len(edges) - 1 <= 40
+    assert len(set(np.diff(edges))) == 1
+    assert last > 39 or len(edges) == last + 2  # one a position

@@ -43,19 +43,66 @@ def vote(texts, rewards):
     return statistics.mean(earned)
 
 
-def test_majority_is_the_expected_vote():
+def some_votes():
     random = np.random.default_rng(0)
-    answers = [['a', 'b', 'a', 'b', 'c'], ['a', 'a', 'b', 'c', ''], [''] * 5, ['', '', '', 'a', 'b'],
-               *(random.choice(['a', 'b', 'c', ''], 5).tolist() for _ in range(12))]
-    rewards = random.random((len(answers), 5)).round(2)
-    expected = [vote(texts, earned) for texts, earned in zip(answers, rewards.tolist())]
-    np.testing.assert_allclose(estimators.majority(answers, rewards), expected, atol=1e-12)
-    assert expected[2] == 0
+    votes = [['a', 'b', 'a', 'b', 'c'], ['a', 'a', 'b', 'c', ''], [''] * 5, ['', '', '', 'a', 'b'],
+             *(random.choice(['a', 'b', 'c', ''], 5).tolist() for _ in range(12))]
+    return votes, random.random((len(votes), 5)).round(2)
+
+
+def test_the_mean_over_draws_is_the_expected_vote():
+    votes, rewards = some_votes()
+    expected = [vote(texts, earned) for texts, earned in zip(votes, rewards.tolist())]
+    draws = 2000
+    found = np.mean([estimators.majority(votes, rewards, [f'{draw} {i}' for i in range(len(votes))])
+                     for draw in range(draws)], axis=0)
+    np.testing.assert_allclose(found, expected, atol=4 * 0.5 / math.sqrt(draws))
+    assert found[2] == expected[2] == 0
+
+
+def test_a_tie_is_broken_by_address_and_never_by_order():
+    votes, rewards = some_votes()
+    addresses = [f'0 {i}' for i in range(len(votes))]
+    first = estimators.majority(votes, rewards, addresses)
+    random = np.random.default_rng(1)
+    for _ in range(10):
+        order = random.permutation(5)
+        shuffled = [[texts[place] for place in order] for texts in votes]
+        np.testing.assert_allclose(estimators.majority(shuffled, rewards[:, order], addresses), first)
+        examples = random.permutation(len(votes))
+        np.testing.assert_allclose(estimators.majority(
+            [votes[i] for i in examples], rewards[examples], [addresses[i] for i in examples]), first[examples])
+
+
+def test_weights_are_summed_over_a_class():
+    votes, rewards = [['a', 'b', 'b', '']], np.array([[1.0, 0.5, 0.5, 0.0]])
+    for weights, earned in (([1, 1, 1, 9], 0.5), ([3, 1, 1, 9], 1.0), ([0, 0.1, 0, 9], 0.5)):
+        assert estimators.majority(votes, rewards, ['x'], np.array([weights], float))[0] == earned
+    # Sums that are equal are a tie, in whatever order they are added.
+    tied = {estimators.majority([['a'] * 3 + ['b'] * 3], np.array([[1.0] * 3 + [0.0] * 3]), [f'{draw}'],
+                                np.array([[0.1, 0.2, 0.3, 0.3, 0.2, 0.1]]))[0] for draw in range(30)}
+    assert tied == {0, 1}
+
+
+def test_the_best_scored_answer_is_chosen():
+    random = np.random.default_rng(4)
+    scores, rewards = random.random((20, 6)), random.random((20, 6))
+    texts = random.choice(list('abc'), (20, 6)).tolist()
+    addresses = [str(i) for i in range(20)]
+    found = estimators.best_of(scores, rewards, texts, addresses)
+    np.testing.assert_array_equal(found, rewards[np.arange(20), scores.argmax(axis=1)])
+    # Without a difference in scores each text is as good as the others, in whatever order they come.
+    drawn = np.array([estimators.best_of(np.zeros((1, 3)), np.array([[1.0, 0.0, 0.0]]), [['r', 'w', 'w']], [str(draw)])
+                      for draw in range(2000)])
+    assert drawn.mean() == pytest.approx(1 / 2, abs=0.045)
+    again = np.array([estimators.best_of(np.zeros((1, 3)), np.array([[0.0, 1.0, 0.0]]), [['w', 'r', 'w']], [str(draw)])
+                      for draw in range(2000)])
+    np.testing.assert_array_equal(drawn, again)
 
 
 def test_majority_needs_a_reward_for_each_answer():
-    with pytest.raises(ValueError):
-        estimators.majority([['a', 'b']], np.ones((1, 3)))
+    with pytest.raises(IndexError):
+        estimators.majority([['a', 'b', 'b']], np.ones((1, 2)), ['x'])
 
 
 def test_the_standard_error_is_clustered_by_example():
@@ -90,3 +137,29 @@ def test_a_paired_difference_is_free_of_what_the_examples_share():
     assert error == pytest.approx(statistics.stdev(noise.mean(1).tolist()) / math.sqrt(20))
     with pytest.raises(ValueError, match='got 20 and 19'):
         estimators.paired_difference(first, first[1:])
+
+
+def test_the_bootstrap_covers_the_difference_nineteen_times_of_twenty():
+    # 300 experiments of 40 examples, which differ more than samples of one example do.
+    random = np.random.default_rng(5)
+    hits, widths, errors = [], [], []
+    for number in range(300):
+        difficulty = random.normal(size=(40, 1))
+        first = difficulty + 0.3 + random.normal(size=(40, 3))
+        second = difficulty + random.normal(size=(40, 2))
+        low, high = estimators.bootstrap_interval(first, second, f'{number}')
+        hits.append(low <= 0.3 <= high)
+        widths.append(high - low)
+        errors.append(estimators.paired_difference(first, second)[1])
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.035)
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * np.mean(errors), rel=0.03)
+
+
+def test_the_bootstrap_depends_on_its_address_alone():
+    values = np.random.default_rng(6).normal(size=(25, 2))
+    found = estimators.bootstrap_interval(values, 0 * values, '0 test')
+    assert found == estimators.bootstrap_interval(values, 0 * values, '0 test')
+    assert found != estimators.bootstrap_interval(values, 0 * values, '1 test')
+    assert np.isnan(estimators.bootstrap_interval(values[:1], values[:1], '0')).all()
+    with pytest.raises(ValueError, match='got 25 and 24'):
+        estimators.bootstrap_interval(values, values[1:], '0')

@@ -16,7 +16,8 @@ from qsharp_jax.evaluate import Evaluated
 
 
 def row(example, sample, text, reward, *, kl=0.0, tokens=1, truncated=False, seconds=0.5, flops=1e9):
-    return {'id': example, 'sample': sample, 'text': text, 'reward': reward, 'kl': kl, 'tokens': [0] * tokens,
+    return {'id': example, 'sample': sample, 'text': text, 'vote': text.strip(), 'reward': reward, 'kl': kl,
+            'tokens': [0] * tokens,
             'truncated': truncated, 'seconds': seconds, 'reference_tokens': tokens + 1.5, 'value_tokens': 4.0 * tokens,
             'flops': flops, 'bytes': 2e9, 'occupancy': 0.75 if sample % 2 else 0.95}
 
@@ -42,12 +43,14 @@ def test_rows_are_grouped_by_example_and_ordered_by_sample():
 
 
 def test_the_summary_of_rows_counted_by_hand():
-    found = evaluate.summarise(ROWS, 4, 0.0, 1.0)
+    found = evaluate.summarise(ROWS, 4, 0.0, 1.0, 5)
     assert found['pass@1'] == pytest.approx(3 / 8)
     assert found['pass@1_se'] == pytest.approx(statistics.stdev([0.5, 0.25]) / math.sqrt(2))
     assert found['pass@k'] == 1 and found['k'] == 4
-    assert found['maj@k'] == pytest.approx((0.5 + 0) / 2)  # the tie is half right
-    assert found['maj@k_se'] == pytest.approx(statistics.stdev([0.5, 0]) / math.sqrt(2))
+    # The tie is right under one seed and wrong under another.
+    assert {evaluate.summarise(ROWS, 4, 0.0, 1.0, seed)['maj@k'] for seed in range(20)} == {0, 0.5}
+    assert found['maj@k_se'] == pytest.approx(statistics.stdev([2 * found['maj@k'], 0]) / math.sqrt(2))
+    assert found['best_of_k'] is None and found['weighted_maj@k_se'] is None  # nothing has scored them
     assert found['kl'] == pytest.approx(8 / 8)
     assert found['kl_se'] == pytest.approx(statistics.stdev([3 / 4, 5 / 4]) / math.sqrt(2))
     assert found['kl_per_token'] == pytest.approx(8 / 20)
@@ -58,13 +61,13 @@ def test_the_summary_of_rows_counted_by_hand():
 
 
 def test_costs_are_shared_by_the_right_answers():
-    found = evaluate.summarise(ROWS, 4, 0.0, 1.0)  # three of eight are right
+    found = evaluate.summarise(ROWS, 4, 0.0, 1.0, 5)  # three of eight are right
     assert found['reference_tokens_per_answer'] == pytest.approx(20 / 8 + 1.5)
     assert found['reference_tokens_per_right_answer'] == pytest.approx((20 + 12) / 3)
     assert found['value_tokens_per_right_answer'] == pytest.approx(80 / 3)
     assert found['flops_per_answer'] == 1e9 and found['bytes_per_right_answer'] == pytest.approx(16e9 / 3)
     assert found['seconds_per_answer'] == 0.5 and found['seconds_per_right_answer'] == pytest.approx(4 / 3)
-    none = evaluate.summarise([row(0, 0, 'a', 0.0), row(1, 0, 'b', None)], 1, 0.0, 1.0)
+    none = evaluate.summarise([row(0, 0, 'a', 0.0), row(1, 0, 'b', None)], 1, 0.0, 1.0, 0)
     assert none['flops_per_answer'] == 1e9 and math.isnan(none['flops_per_right_answer'])
 
 
@@ -72,9 +75,10 @@ def test_costs_are_shared_by_the_right_answers():
 def test_votes_have_k_voters(k):
     # As many disjoint votes as there are answers for; with one voter each that is pass@1.
     table = evaluate.by_example(ROWS, 0.0)
-    votes = [[estimators.majority([texts[first:first + k]], earned[None, first:first + k])[0]
-              for first in range(0, 4 - k + 1, k)] for texts, earned in zip(table['text'], table['reward'])]
-    found = evaluate.summarise(ROWS, k, 0.0, 1.0)
+    votes = [[estimators.majority([texts[first:first + k]], earned[None, first:first + k],
+                                  [f'3 tie {example} {first}'])[0] for first in range(0, 4 - k + 1, k)]
+             for example, texts, earned in zip(table['id'], table['text'], table['reward'])]
+    found = evaluate.summarise(ROWS, k, 0.0, 1.0, 3)
     assert found['maj@k'] == pytest.approx(np.mean(votes)) and found['k'] == k
     assert found['pass@k'] == pytest.approx(estimators.pass_at_k(table['reward'], k))
     if k == 1:
@@ -83,20 +87,41 @@ def test_votes_have_k_voters(k):
 
 def test_right_is_what_earns_the_most():
     rows = [row(0, 0, 'a', 0.5), row(0, 1, 'b', 2.0), row(1, 0, 'c', 0.5), row(1, 1, 'd', 1.9)]
-    found = evaluate.summarise(rows, 2, -1.0, 2.0)
+    found = evaluate.summarise(rows, 2, -1.0, 2.0, 0)
     assert found['pass@1'] == pytest.approx(4.9 / 4)
     assert found['pass@k'] == 0.5
-    assert evaluate.summarise(rows, 9, -1.0, 2.0)['k'] == 2  # no more than there are
+    assert evaluate.summarise(rows, 9, -1.0, 2.0, 0)['k'] == 2  # no more than there are
 
 
 def test_policies_are_compared_example_by_example():
     worse = [{**own, 'reward': None if own['reward'] is None else own['reward'] - 0.25 * (own['id'] == 7)}
              for own in reversed(ROWS)]
-    mean, error = evaluate.compare(ROWS, worse, 0.0)
-    assert mean == pytest.approx(0.125)
-    assert error == pytest.approx(statistics.stdev([0, 0.25]) / math.sqrt(2))
+    found = evaluate.compare(ROWS, worse, 0.0, 'a')
+    assert found[''] == pytest.approx(0.125)
+    assert (found['_low'], found['_high']) == (0, 0.25)  # of two examples, both may be either
+    assert found['_se'] == pytest.approx(statistics.stdev([0, 0.25]) / math.sqrt(2))
     with pytest.raises(ValueError, match='same examples'):
-        evaluate.compare(ROWS, [{**own, 'id': own['id'] + 1} for own in ROWS], 0.0)
+        evaluate.compare(ROWS, [{**own, 'id': own['id'] + 1} for own in ROWS], 0.0, 'a')
+
+
+def test_scores_choose_among_k_answers():
+    """Best-of-k and the weighted vote, by hand: the score of an answer is beside its text."""
+    rows = [{**row(example, sample, text, reward), 'score': score} for example, sample, text, reward, score in (
+        (3, 0, 'x', 1.0, 0.2), (3, 1, 'x', 1.0, 0.3), (3, 2, 'y', 0.0, 0.4), (3, 3, '', 0.0, 0.1),
+        (7, 0, 'a', 0.0, -0.3), (7, 1, 'b', 1.0, 0.9), (7, 2, 'a', 0.0, -0.3), (7, 3, 'a', 0.0, -0.3))]
+    found = evaluate.summarise(rows, 4, -1.0, 1.0, 0)
+    assert found['best_of_k'] == 0.5 and found['best_of_k_se'] == pytest.approx(0.5)
+    # Above v_min, x has 1.2 + 1.3 against 1.4 of y, and a three times .7 against 1.9 of b.
+    assert found['weighted_maj@k'] == 0.5 and found['maj@k'] == 0.5
+    higher = [{**own, 'score': 0.99} if own['text'] == 'b' else {**own, 'score': -0.4} if own['text'] == 'a' else own
+              for own in rows]
+    assert evaluate.summarise(higher, 4, -1.0, 1.0, 0)['weighted_maj@k'] == 1
+    pairs = evaluate.summarise(rows, 2, -1.0, 1.0, 0)
+    assert pairs['best_of_k'] == pytest.approx((1 + 0 + 1 + 0) / 4)
+    one = evaluate.summarise(rows, 1, -1.0, 1.0, 0)
+    assert one['best_of_k'] == pytest.approx(one['pass@1']) and one['pass@1'] == pytest.approx(3 / 8)
+    # One answer without a score is enough to know nothing.
+    assert evaluate.summarise([*rows[:-1], row(7, 3, 'a', 0.0)], 4, -1.0, 1.0, 0)['best_of_k'] is None
 
 
 PROMPTS = Prompts(np.array([4, 2, 9, 6, 8]), [[1], [2, 3], [4], [5], [6]], list('abcde'), {})
@@ -113,7 +138,7 @@ def fixture_asked(monkeypatch):
             unit = int(prompts.ids[index]), int(sample), int(policy)
             asked.append(unit)
             rows.append({'id': unit[0], 'sample': unit[1], 'policy': unit[2], 'eta': policies[unit[2]].eta,
-                         'text': 'a', 'reward': 0.5, 'reward_digest': experiment.reward.digest})
+                         'text': 'a', 'vote': 'a', 'reward': 0.5, 'reward_digest': experiment.reward.digest})
         return rows
     monkeypatch.setattr(evaluate, '_answer', answer)
     return asked
@@ -125,7 +150,9 @@ def fixture_experiment(tmp_path):
         workdir=tmp_path, decoding_params=lambda params: params, guidance=lambda offset: None,
         queue=lambda *arguments: object(), value_digest=lambda iteration: f'network {iteration}',
         reward=types.SimpleNamespace(digest='reward'),
-        config=types.SimpleNamespace(seed=0, sampling=types.SimpleNamespace(max_new_tokens=4)))
+        config=types.SimpleNamespace(
+            seed=0, sampling=types.SimpleNamespace(max_new_tokens=4),
+            reward_options=types.SimpleNamespace(workers=0, timeout_seconds=1.0)))
 
 
 def test_finished_blocks_are_read_back(tmp_path, asked, experiment):
@@ -166,14 +193,31 @@ def test_a_changed_reward_grades_finished_blocks_anew(tmp_path, asked, experimen
         assert texts == ['a'] * len(index)
         return np.where(index == 2, np.nan, index / 10)
     monkeypatch.setattr(evaluate, 'grade', grade)
+    # Another reward may know other answers as one.
+    monkeypatch.setattr(evaluate.rewards, 'votes', lambda reward, texts, **options: [['b'] * len(own) for own in texts])
     first = ask()
     experiment.reward.digest = 'another'
     again = ask()
     assert not asked
     place = {4: 0.0, 2: 0.1, 9: None, 6: 0.3, 8: 0.4}  # None: the new reward abstained
-    assert again == [{**own, 'reward': place[own['id']], 'reward_digest': 'another'} for own in first]
+    assert again == [{**own, 'reward': place[own['id']], 'reward_digest': 'another', 'vote': 'b'} for own in first]
     monkeypatch.setattr(evaluate, 'grade', None)  # the new rewards are kept
     assert ask() == again and not asked
+
+
+def test_blocks_without_votes_are_counted_and_not_decoded_again(tmp_path, asked, experiment, monkeypatch):
+    policies = [Evaluated('qsharp', 1, 0.1, 1.0)]
+    arguments = experiment, PROMPTS, np.arange(5), policies, None, 'test', 1, 4, 2
+    evaluate.samples_of(*arguments)
+    for path in tmp_path.rglob('block_*.jsonl'):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text(''.join(json.dumps({name: own[name] for name in own if name != 'vote'}) + '\n' for own in rows))
+    del asked[:]
+    monkeypatch.setattr(evaluate.rewards, 'votes', lambda reward, texts, **options: [['b'] * len(own) for own in texts])
+    found = evaluate.samples_of(*arguments)
+    assert not asked and [own['vote'] for own in found] == ['b'] * 5
+    monkeypatch.setattr(evaluate.rewards, 'votes', None)  # they are kept
+    assert evaluate.samples_of(*arguments) == found
 
 
 def test_a_damaged_block_is_named(tmp_path, asked, experiment):

@@ -65,6 +65,8 @@ def slow_offsets(pi, weight, scored, root, first, outside):
         rest = 0.0
     elif outside == 'min':
         rest = min(w.values())
+    elif outside == 'average':
+        rest = math.exp(sum(weight[j] for j in ids) / len(ids))
     else:
         left = 1 - sum(pi[j] for j in ids)
         rest = mean

@@ -19,10 +19,12 @@ LAYERS = (
     ('sharding', 'topology', 'hlo', 'optimizers', 'data', 'rewards', 'models', 'decoding'),
     ('rollout', 'units', 'queue', 'learner', 'checkpoint', 'baselines', 'ledger'),
     ('references', 'experiment'),
-    ('collect', 'fit', 'evaluate', 'relabel'),
+    ('collect', 'fit', 'evaluate', 'ranking', 'relabel'),
     ('results', 'describe', 'programs'),
     ('fits',),
+    ('estimates', 'plans'),
     ('train', 'generate', 'export', 'chat'),
+    ('reproduce',),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

@@ -228,7 +228,7 @@ def test_tables_order_mark_and_round() -> None:
 
 
 def test_the_gain_has_a_column_where_it_is_known() -> None:
-    rows = [result('qsharp', 1, 0.1, 0.5, 3.0, gain=-0.2, gain_se=0.03)]
+    rows = [result('qsharp', 1, 0.1, 0.5, 3.0, difference_to_reference=-0.2, difference_to_reference_se=0.03)]
     assert '| -20.0 ± 3.0 |' in tables.markdown(rows, 'test')
 
 

@@ -232,7 +232,7 @@ def test_a_reward_that_fails_costs_no_answer(straight: Path, data: Path, tmp_pat
         {row['id']: row['reward'] for path in sorted(run.glob('samples/test/reference-*/*.jsonl'))
          for row in read_rows(path)} for run in (workdir, straight))
     assert kept == wanted
-    drop = (*tiny.TIMES, 'commit', 'gain_on_previous', 'gain_on_previous_se')
+    drop = (*tiny.TIMES, 'commit', 'scored_by', 'best_of_k', 'best_of_k_se', 'weighted_maj@k', 'weighted_maj@k_se')
     rows = {json.dumps({name: row[name] for name in row if name not in drop})
             for row in read_rows(straight / 'results.jsonl') if row['iteration'] < 2}
     assert {json.dumps({name: row[name] for name in row if name not in drop})
@@ -385,7 +385,7 @@ def test_a_finished_network_is_evaluated_at_other_etas(straight: Path, tmp_path:
     # The reference's answers that it is compared with take the place of no row.
     first, second = ([row for row in read_rows(run / 'results.jsonl') if row['eta'] != 0.3]
                      for run in (straight, workdir))
-    assert first == second and new[0]['gain'] is not None
+    assert first == second and new[0]['difference_to_reference'] is not None
     for arguments, words in (
             (([], 'test', 1, ['qsharp']), '--etas'), (([0.0], 'test', 1, ['qsharp']), 'above 0'),
             (([0.1], 'test', 3, ['qsharp']), 'no value network of iteration 3 .* has finished 1, 2'),

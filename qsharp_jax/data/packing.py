@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import hashlib
 import heapq
 import math
-from typing import Literal
+from typing import Literal, Protocol
 
 from flax import struct
 import grain
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax.data import builders
-from qsharp_jax.data.dataset import AggregatedDataset, common_prefix, Rollout
+from qsharp_jax.data.dataset import common_prefix, Rollout
 
 Array = np.ndarray | jax.Array
 
@@ -29,6 +29,26 @@ ATTENTION_KEYS = 2560
 ROUND_TO = 16  # of which the length of a row is a multiple
 
 Group = tuple[Sequence[Rollout], np.ndarray]  # answers to one prompt, and their rewards
+
+
+class Answers(Protocol):
+    """What is packed: D (`AggregatedDataset`, which says what the fields are), or answers of any other origin."""
+
+    rewards: np.ndarray
+    units: np.ndarray
+    lengths: np.ndarray
+    cuts: np.ndarray
+    shared_prefix: int
+    digest: str
+
+    @property
+    def examples(self) -> np.ndarray:
+        """Ids of the prompts."""
+        ...
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[Rollout]:
+        """Returns the answers of these row numbers."""
+        ...
 
 
 @struct.dataclass
@@ -144,7 +164,7 @@ class FitBatches:
       digest: hash of the data and of how it is packed and ordered.
     """
 
-    def __init__(self, dataset: AggregatedDataset, batch_size: int, samples_per_row: int, seed: int, *,
+    def __init__(self, dataset: Answers, batch_size: int, samples_per_row: int, seed: int, *,
                  examples: Collection[int] | np.ndarray | None = None, tokens: Literal['all', 'single'] = 'all',
                  multiple: int = ROUND_TO, rows_divisible_by: int = 1) -> None:
         """Lays out the rows.
@@ -280,7 +300,7 @@ def _split(numbers: np.ndarray, parts: int) -> list[np.ndarray]:
     return [numbers[first:last] for first, last in zip(bounds, bounds[1:])]
 
 
-def _groups(dataset: AggregatedDataset, examples: np.ndarray, samples_per_row: int,
+def _groups(dataset: Answers, examples: np.ndarray, samples_per_row: int,
             rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Returns row numbers of the dataset, grouped, and where each group begins.
 

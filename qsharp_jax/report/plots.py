@@ -104,6 +104,35 @@ def pass1_against_kl(rows: Sequence[Row], split: str) -> Figure:
     return figure
 
 
+def beside_paper(labels: Sequence[str], paper: Sequence[float | None], ours: Sequence[float | None],
+                 errors: Sequence[float | None], unit: str) -> Figure:
+    """The paper's numbers and ours, one line each; bars are one standard error.
+
+    Args:
+      labels: of the lines, from above.
+      paper: numbers of the paper; None where it has none.
+      ours: likewise.
+      errors: standard errors of ours.
+      unit: of the axis.
+    """
+    figure = Figure(figsize=(8.2, 1.2 + 0.24 * len(labels)))
+    ax = figure.subplots()
+    for name, numbers, error, (colour, marker) in (
+            ('paper', paper, [None] * len(paper), (_GREY, 's')), ('ours', ours, errors, (_BLUE, 'o'))):
+        points = [(number, line, wide or 0.0) for line, (number, wide) in enumerate(zip(numbers, error, strict=True))
+                  if number is not None]
+        if points:
+            x, y, bars = zip(*points)
+            ax.errorbar(x, y, xerr=bars, linestyle='none', marker=marker, markersize=5, color=colour, elinewidth=1,
+                        capsize=2, label=name)
+    ax.set_yticks(range(len(labels)), labels, fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel(unit)
+    if ax.has_data():
+        ax.legend()
+    return figure
+
+
 def training_curves(rows: Sequence[Row]) -> Figure:
     """Loss on training batches and held-out prompts against the step, one panel a stage."""
     stages = list(dict.fromkeys(row['stage'] for row in rows if 'loss' in row))
@@ -168,7 +197,7 @@ def _shades(count: int) -> list[str]:
 
 def _looks(curves: Sequence[Sequence[Row]]) -> list[tuple[str, str]]:
     """Colour and marker of each curve, by method; the last iteration of Q♯ is the strongest."""
-    fixed = {'reference': (_GREY, 's'), 'cd': (_ORANGE, '^'), 'fudge': (_GREEN, 'v')}
+    fixed = {'reference': (_GREY, 's'), 'cd': (_ORANGE, '^'), 'vas': (_PURPLE, 'D'), 'fudge': (_GREEN, 'v')}
     qsharp = sum(points[0]['method'] == 'qsharp' for points in curves)
     shades = iter((([_SKY, _PURPLE] * qsharp)[:max(qsharp - 1, 0)] + [_BLUE]))
     return [(next(shades), 'o') if points[0]['method'] == 'qsharp' else fixed[points[0]['method']] for points in curves]

@@ -44,8 +44,12 @@ class Run:
         return str(self.config['eval']['split'])
 
 
-def read(workdir: str | os.PathLike[str]) -> Run:
+def read(workdir: str | os.PathLike[str], samples: bool = True) -> Run:
     """The records of a workdir.
+
+    Args:
+      workdir: of the run.
+      samples: whether to read answers, which may be many.
 
     Raises:
       ValueError: the directory holds no run, or one of its files is no JSON.
@@ -66,7 +70,7 @@ def read(workdir: str | os.PathLike[str]) -> Run:
         results=[_clean(row) for row in read_rows(directory / 'results.jsonl')],
         metrics=read_rows(directory / 'metrics.jsonl'),
         calibration=calibration,
-        samples=_read_samples(directory / 'samples', config['eval']['split']),
+        samples=_read_samples(directory / 'samples', config['eval']['split']) if samples else [],
         timings=_read_json(timings) if timings.exists() else {})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 Row = Mapping[str, Any]
 
-_METHODS = {'reference': 'reference', 'cd': 'CD', 'fudge': 'FUDGE', 'qsharp': 'Q♯'}
+METHODS = {'reference': 'reference', 'cd': 'CD', 'vas': 'VAS', 'fudge': 'FUDGE', 'qsharp': 'Q♯'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Column:
 
 def series(row: Row) -> str:
     """The name of the curve that a row is a point of, such as 'Q♯, iteration 2'."""
-    name = _METHODS[row['method']]
+    name = METHODS[row['method']]
     return f'{name}, iteration {row["iteration"]}' if row['iteration'] else name
 
 
@@ -35,12 +35,12 @@ def name(row: Row) -> str:
 
 def has_eta(row: Row) -> bool:
     """Whether the policy depends on eta: the reference has no value network, and FUDGE's weight is free of it."""
-    return row['method'] in ('cd', 'qsharp')
+    return row['method'] in ('cd', 'vas', 'qsharp')
 
 
 def of_split(rows: Sequence[Row], split: str) -> list[Row]:
     """The rows of a split: the reference from hot to greedy, then each method by iteration from weak to strong."""
-    methods = list(_METHODS)
+    methods = list(METHODS)
     return sorted(
         (row for row in rows if row['split'] == split),
         key=lambda row: (methods.index(row['method']), row['iteration'], -row['temperature'], -_eta(row)))
@@ -85,10 +85,12 @@ def table(rows: Sequence[Row], split: str, select_split: str = '') -> tuple[list
         Column('η', lambda row: f'{row["eta"]:g}' if has_eta(row) else ''),
         Column('temperature', lambda row: f'{row["temperature"]:g}'),
         Column('pass@1 %', lambda row: _percent(row, 'pass@1')),
-        Column('over reference', lambda row: _percent(row, 'gain', sign='+')),
+        Column('over reference', lambda row: _percent(row, 'difference_to_reference', sign='+')),
         # Of one answer, both are pass@1 again.
         Column(f'pass@{k} %', lambda row: '' if k == 1 else _percent(row, 'pass@k')),
         Column(f'maj@{k} %', lambda row: '' if k == 1 else _percent(row, 'maj@k')),
+        Column(f'best of {k} by value %', lambda row: _percent(row, 'best_of_k')),
+        Column(f'weighted maj@{k} %', lambda row: _percent(row, 'weighted_maj@k')),
         Column('KL, nats', lambda row: _measured(row, 'kl')),
         Column('KL per token', lambda row: _measured(row, 'kl_per_token', digits=3)),
         Column('truncated %', lambda row: _percent(row, 'truncated')),

@@ -8,3 +8,4 @@ from __future__ import annotations
 from qsharp_jax.rewards import builtin
 from qsharp_jax.rewards.registry import load, names, parse, register, Reward, RewardError
 from qsharp_jax.rewards.scoring import check_canaries, check_columns, score
+from qsharp_jax.rewards.voting import votes

@@ -22,28 +22,30 @@ def exact_match(completions: Sequence[str], answer: Sequence[str]) -> list[float
     return [float(text.strip() == right.strip()) for text, right in zip(completions, answer, strict=True)]
 
 
-@register('arithmetic')
+@register('arithmetic', final_answer=lambda text: _integer(text))
 def arithmetic(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
     """Whether the whole completion is one integer, equal to the answer."""
     return [float(_INTEGER.fullmatch(text.strip()) is not None and int(text) == int(right))
             for text, right in zip(completions, answer, strict=True)]
 
 
-@register('numeric_match')
+@register('numeric_match', final_answer=lambda text: _text_of(_last_number(text)))
 def numeric_match(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
     """Whether the last number in the completion is that of the answer. Commas between digits are left out."""
     return [float(_last_number(text) == _last_number(right) is not None)
             for text, right in zip(completions, answer, strict=True)]
 
 
-@register('gsm8k', as_completion=lambda answer: f'#### {answer}', depends=(inspect.getsource(answer_text),))
+@register('gsm8k', as_completion=lambda answer: f'#### {answer}', depends=(inspect.getsource(answer_text),),
+          final_answer=lambda text: _text_of(_number_of(answer_text.after_hashes(text))))
 def gsm8k(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
     """Whether the first number behind the last '####' is the answer. A currency sign before it does not matter."""
     return [float(_number_of(answer_text.after_hashes(text)) == _number_of(right) is not None)
             for text, right in zip(completions, answer, strict=True)]
 
 
-@register('multiple_choice', as_completion=answer_text.boxed, depends=(inspect.getsource(answer_text),))
+@register('multiple_choice', as_completion=answer_text.boxed, depends=(inspect.getsource(answer_text),),
+          final_answer=answer_text.last_choice)
 def multiple_choice(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
     r"""Whether the letter in the last \boxed{}, or else in the last 'answer is B', is the answer."""
     return [float(answer_text.last_choice(text) == right.strip())
@@ -81,6 +83,16 @@ def star_graph_progress(completions: Sequence[str], answer: Sequence[str]) -> li
         shared = next((i for i, (a, b) in enumerate(zip(nodes, path)) if a != b), min(len(nodes), len(path)))
         earned.append(3 * shared / len(path) - 1 - (len(nodes) != len(path)) / 2)
     return earned
+
+
+def _integer(text: str) -> str:
+    """Returns the integer that a completion is, in one form; what is none votes as it stands."""
+    text = text.strip()
+    return str(int(text)) if _INTEGER.fullmatch(text) else text
+
+
+def _text_of(number: float | Fraction | None) -> str | None:
+    return None if number is None else str(number)
 
 
 def _last_number(text: str) -> float | None:

@@ -38,27 +38,36 @@ def equivalent(answer: str, given: str) -> bool:
       answer: the right one.
       given: as it stood in a box.
     """
-    right, other = _tidy(answer), _tidy(given)
-    if not right or not other:
-        return False
-    if ''.join(right.split()) == ''.join(other.split()):
-        return True
-    if len(other) > LONGEST:
-        return False
-    if _NUMBER.fullmatch(right) and _NUMBER.fullmatch(other):
-        return _value(right) == _value(other)
-    bases = _BASE.fullmatch(right), _BASE.fullmatch(other)
-    if bases[0] and bases[1]:
-        return bases[0].groups() == bases[1].groups()
+    told = settled(answer, given)
+    if told is not None:
+        return told
     try:
-        parsed = [math_verify.parse(answer_text.boxed(text), parsing_timeout=None) for text in (right, other)]
+        parsed = [math_verify.parse(answer_text.boxed(_tidy(text)), parsing_timeout=None) for text in (answer, given)]
         return all(parsed) and bool(math_verify.verify(
             *parsed, allow_set_relation_comp=True, timeout_seconds=None))
     except (MemoryError, RecursionError):
         return False  # no model writes a right answer that takes gigabytes
 
 
-@register('math', as_completion=answer_text.boxed, in_workers=True,
+def settled(answer: str, given: str) -> bool | None:
+    """Returns what `equivalent` does where no algebra is needed, at once; None where it is."""
+    right, other = _tidy(answer), _tidy(given)
+    if not right or not other:
+        return False
+    if ''.join(right.split()) == ''.join(other.split()):
+        return True
+    if max(len(right), len(other)) > LONGEST:
+        return False
+    if _NUMBER.fullmatch(right) and _NUMBER.fullmatch(other):
+        return _value(right) == _value(other)
+    bases = _BASE.fullmatch(right), _BASE.fullmatch(other)
+    if bases[0] and bases[1]:
+        return bases[0].groups() == bases[1].groups()
+    return None
+
+
+@register('math', as_completion=answer_text.boxed, in_workers=True, final_answer=answer_text.last_boxed,
+          equivalent=equivalent, settled=settled,
           depends=(importlib.metadata.version('math-verify'), importlib.metadata.version('latex2sympy2_extended'),
                    inspect.getsource(answer_text)))
 def math(completions: Sequence[str], answer: Sequence[str]) -> list[float]:

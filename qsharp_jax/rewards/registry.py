@@ -34,12 +34,19 @@ class Registered:
     Attributes:
       function: the function itself.
       as_completion: what a completion is like that says no more than a right answer.
+      final_answer: the answer that a completion comes to, by which votes are counted; None, or '', for none.
+      equivalent: whether two different such answers are one, in a form of their own; None: they are not. It may take
+        for ever if `in_workers`.
+      settled: the same where it can be told at once, and None where it cannot.
       in_workers: whether it may hang, and so is called only in processes that can be killed.
       depends: what its rewards depend on beside the file that defines it.
     """
 
     function: Callable[..., Any]
     as_completion: Callable[[str], str] = str
+    final_answer: Callable[[str], str | None] = str.strip
+    equivalent: Callable[[str, str], bool] | None = None
+    settled: Callable[[str, str], bool | None] = lambda answer, given: None
     in_workers: bool = False
     depends: tuple[str, ...] = ()
 
@@ -92,16 +99,19 @@ class Reward:
         forms = [term.registered.as_completion for term in self.terms if term.registered.as_completion is not str]
         return forms[0](answer) if forms else answer
 
+    @property
+    def voting(self) -> int:
+        """The number of the term that says which answers are one: the first that says anything of it, or else 0."""
+        return next((number for number, term in enumerate(self.terms)
+                     if term.registered.final_answer is not str.strip), 0)
 
-def register(name: str, *, as_completion: Callable[[str], str] = str, in_workers: bool = False,
-             depends: tuple[str, ...] = ()) -> Callable[[Function], Function]:
+
+def register(name: str, **known: Any) -> Callable[[Function], Function]:
     """Returns a decorator that lets a config name a function.
 
     Args:
       name: for the config.
-      as_completion: see `Registered`, as for the others.
-      in_workers: as above.
-      depends: as above.
+      **known: attributes of `Registered`.
 
     Raises:
       ValueError: if the name is taken, or would be read as a file or a sum.
@@ -112,7 +122,7 @@ def register(name: str, *, as_completion: Callable[[str], str] = str, in_workers
         raise ValueError(f'{name!r} cannot name a reward: it must not be empty or hold ":", "*" or ",".')
 
     def add(function: Function) -> Function:
-        _REGISTRY[name] = Registered(function, as_completion, in_workers, depends)
+        _REGISTRY[name] = Registered(function, **known)
         return function
 
     return add
@@ -169,7 +179,9 @@ def _term(name: str, weight: float) -> Term:
                               f'"qsharp_jax[{_EXTRA}]".') from error
     if colon:
         function, source = _from_file(name, file, attribute)
-        registered = Registered(function, getattr(function, 'as_completion', str))
+        said = {field: getattr(function, field) for field in ('as_completion', 'final_answer', 'equivalent')
+                if hasattr(function, field)}
+        registered = Registered(function, **said)
     elif name in _REGISTRY:
         registered = _REGISTRY[name]
         source = Path(inspect.getfile(registered.function)).read_bytes()

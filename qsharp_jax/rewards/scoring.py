@@ -205,11 +205,11 @@ def _failed(term: Term, on_error: str, row: int, completion: str, cause: BaseExc
 def _score_in_workers(reward: Reward, prompts: Sequence[str], completions: Sequence[str],
                       columns: Mapping[str, Sequence[Any]], workers: int, timeout_seconds: float,
                       on_error: str) -> np.ndarray:
-    pool = _pool(reward, workers)
+    processes = pool(reward, workers)
     known = [{name: column[row] for name, column in columns.items()} for row in range(len(completions))]
     futures = [
-        pool.schedule(_grade_one, timeout=timeout_seconds,
-                      args=(reward.spec, row, prompts[row], completion, known[row], on_error))
+        processes.schedule(_grade_one, timeout=timeout_seconds,
+                           args=(reward.spec, row, prompts[row], completion, known[row], on_error))
         for row, completion in enumerate(completions)]
     earned = np.full(len(futures), np.nan)
     late, dead = [], []
@@ -232,7 +232,7 @@ def _score_in_workers(reward: Reward, prompts: Sequence[str], completions: Seque
     return earned
 
 
-def _pool(reward: Reward, workers: int) -> pebble.ProcessPool:
+def pool(reward: Reward, workers: int) -> pebble.ProcessPool:
     """Returns the worker processes of a reward, which live until this process ends."""
     key = reward.spec, reward.digest, workers
     if key not in _pools:
@@ -241,6 +241,11 @@ def _pool(reward: Reward, workers: int) -> pebble.ProcessPool:
             workers, context=multiprocessing.get_context('spawn'), initializer=_start_worker, initargs=(reward.spec,))
         atexit.register(_close, key)
     return _pools[key]
+
+
+def reward_of_worker(spec: str) -> Reward:
+    """Returns the reward that the worker process which calls this was started for."""
+    return _in_worker[spec]
 
 
 def _close(key: tuple[str, str, int]) -> None:

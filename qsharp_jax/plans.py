@@ -1,0 +1,106 @@
+"""Which runs a table of the paper needs, at three sizes."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+
+from qsharp_jax.report import publish
+
+SIZES = ('tiny', 'small', 'paper')
+
+Keys = Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of experiments/train.py.
+
+    Attributes:
+      name: of its work directory; tables that need the same run share it.
+      config: file and size.
+      keys: what it changes of that: what makes it this job, so that no command line may change it.
+      shares: name of a job with the same roll-outs, from which those of the first iterations are taken; '' for none.
+      guided_by: name of a job whose value network guides here; '' for its own.
+      other_policy: whether its reference is the policy that the command line names (`--policy`).
+    """
+
+    name: str
+    config: str
+    keys: Keys = dataclasses.field(default_factory=dict)
+    shares: str = ''
+    guided_by: str = ''
+    other_policy: bool = False
+
+
+_L31_8B = {'reference.source': 'hf:meta-llama/Llama-3.1-8B-Instruct'}
+_L3_70B = {'reference.source': 'hf:meta-llama/Meta-Llama-3-70B-Instruct'}
+_L31_70B = {'reference.source': 'hf:meta-llama/Llama-3.1-70B-Instruct'}
+_3B = {'value.source': 'hf:meta-llama/Llama-3.2-3B-Instruct'}
+_QWEN = {'reference.source': 'hf:Qwen/Qwen2.5-7B-Instruct', 'value.source': 'hf:Qwen/Qwen2.5-1.5B-Instruct'}
+# The network of MATH, on AIME's questions: what the paper trained on for these is not told.
+_AIME = {'task.math.test_set': 'aime24', 'eval.select_split': ''}
+_OTHER = {'eval.methods': 'qsharp'}
+
+# Table 4: how each variant differs from the run of two iterations, which is two of its lines.
+_VARIANTS: Mapping[str, Keys] = {
+    'single': {'fit.tokens': 'single'}, 'q': {'value.type': 'q'}, 'mse': {'value.head': 'mse'},
+    'categorical': {'value.head': 'categorical'},
+}
+
+
+def _ablated(base: Job) -> list[Job]:
+    common = {'iterations': '1', 'eval.methods': 'qsharp', 'eval.reward_model': 'False'}  # what the table shows of them
+    return [base, *(Job(f'{base.name}_{name}', base.config, {**base.keys, **keys, **common}, shares=base.name)
+                    for name, keys in _VARIANTS.items())]
+
+
+def _paper(table: str) -> list[Job]:
+    gsm8k, math, quality = (f'configs/{name}.py:paper' for name in ('gsm8k', 'math', 'quality'))
+    l3_gsm8k, l31_gsm8k = Job('gsm8k_llama3_8b', gsm8k), Job('gsm8k_llama3.1_8b', gsm8k, _L31_8B)
+    l3_math, l31_math = Job('math_llama3_8b', math), Job('math_llama3.1_8b', math, _L31_8B)
+    qwen_math = Job('math_qwen2.5_7b', math, _QWEN)
+    big = [[Job(f'math_{name}_70b_1b', math, keys),
+            Job(f'math_{name}_70b_3b', math, {**keys, **_3B}, shares=f'math_{name}_70b_1b')]
+           for name, keys in (('llama3', _L3_70B), ('llama3.1', _L31_70B))]
+    return {
+        '1': [l3_gsm8k, l31_gsm8k, l3_math, l31_math],
+        '2': [*big[0], *big[1]],
+        '3': [l3_gsm8k, l31_math],
+        '4': [*_ablated(l3_gsm8k), *_ablated(l31_math)],
+        '5': [Job('gsm8k_qwen2.5_7b', gsm8k, _QWEN), qwen_math,
+              Job('aime24_qwen2.5_7b', math, {**_QWEN, **_AIME}, guided_by=qwen_math.name)],
+        '6': [Job('quality_qwen2.5_7b', quality, _QWEN), Job('quality_llama3.1_8b', quality, _L31_8B)],
+        '7': [qwen_math, Job('math_other_policy', math, {**_OTHER, 'value.source': _QWEN['value.source']},
+                             guided_by=qwen_math.name, other_policy=True)],
+        'fig3': [l3_gsm8k],
+    }[table]
+
+
+def _reduced(table: str, size: str) -> list[Job]:
+    """One reference for all tables: that of the config, or of the command line."""
+    gsm8k = Job('gsm8k', f'configs/gsm8k.py:{size}')
+    deeper = Job('gsm8k_deeper', gsm8k.config, {'value.layers': {'tiny': '16', 'small': '18'}[size]}, shares=gsm8k.name)
+    return {
+        '1': [gsm8k], '2': [gsm8k, deeper], '3': [gsm8k],
+        '4': _ablated(Job('arithmetic', f'configs/arithmetic.py:{size}')),
+        '5': [gsm8k], '6': [Job('quality', f'configs/quality.py:{size}')],
+        '7': [gsm8k, Job('gsm8k_other_policy', gsm8k.config, _OTHER, guided_by=gsm8k.name, other_policy=True)],
+        'fig3': [gsm8k],
+    }[table]
+
+
+def jobs(table: str, size: str) -> list[Job]:
+    """Returns the runs of a table, those that others take something from before these.
+
+    Args:
+      table: '1' to '7' or 'fig3'.
+      size: one of `SIZES`.
+
+    Raises:
+      ValueError: there is no such table or size.
+    """
+    if table not in publish.NAMES:
+        raise ValueError(f'--table is {table!r}; it must be one of {", ".join(publish.NAMES)}.')
+    if size not in SIZES:
+        raise ValueError(f'--size is {size!r}; it must be one of {", ".join(SIZES)}.')
+    return _paper(table) if size == 'paper' else _reduced(table, size)

@@ -1,0 +1,252 @@
+"""The paper's tables with our numbers beside them: which run stands where, and what differs."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from qsharp_jax import config as config_lib
+from qsharp_jax.report import paper, records
+from qsharp_jax.report.paper import Column, Table, Variant
+from qsharp_jax.report.records import Run
+from qsharp_jax.report.tables import METHODS
+
+Row = Mapping[str, Any]
+Setting = tuple[str, str, str, bool]
+
+METRICS = {'pass@1': 'pass@1, %', 'maj@k': 'maj@{k}, %', 'best_of_k': 'best of {k}, %',
+           'weighted_maj@k': 'weighted maj@{k}, %', 'kl': 'KL, nats',
+           'kl_to_first_reference': 'KL to the reference, nats'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One number of the paper and ours.
+
+    Attributes:
+      setting: task and models of the paper.
+      policy: the method, and how it is fitted.
+      metric: name and unit.
+      paper: the paper's number; None if it has none.
+      ours: None if it is missing.
+      error: standard error of ours; None if it is missing.
+      differs: what is otherwise in our run; where our number is missing, what fills it in.
+    """
+
+    setting: str
+    policy: str
+    metric: str
+    paper: float | None
+    ours: float | None
+    error: float | None
+    differs: str
+
+    @property
+    def difference(self) -> float | None:
+        """Ours less the paper's."""
+        return None if self.ours is None or self.paper is None else self.ours - self.paper
+
+
+def cells(table: Table, runs: Sequence[Run]) -> list[Cell]:
+    """Returns every number of a table, in its order, with those of these runs beside it.
+
+    A run stands where its task, reference and value model are the paper's; one of other models stands for the first
+    setting that no such run has, so that small runs have a place. How a network is fitted must be as the paper says.
+    """
+    places = _places(table, runs)
+    found = []
+    for column in table.columns:
+        run = _fitting(column, places[_setting(column)] if _setting(column) in places else [])
+        # What the paper does not report has a line only where we do.
+        if run is None and all(number is None for numbers in column.numbers.values() for number in numbers.values()):
+            continue
+        for method, numbers in column.numbers.items():
+            row = None if run is None else _row(run, table, column, method)
+            found += [_cell(table, column, method, metric, number, run, row) for metric, number in numbers.items()]
+    return found
+
+
+def _setting(column: Column) -> Setting:
+    return *column.setting, column.variant.other_policy
+
+
+def _places(table: Table, runs: Sequence[Run]) -> dict[Setting, list[Run]]:
+    """Returns the runs of each setting. Runs of one task and the same models share theirs."""
+    alike: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        value = run.config['value']
+        key = (_task(run), run.config['reference']['source'], value['source'], value['init'], value['layers'],
+               bool(value['run']))
+        alike.setdefault(key, []).append(run)
+    free = list(dict.fromkeys(map(_setting, table.columns)))
+    places: dict[Setting, list[Run]] = {}
+    # The closest first; of equals, in the order of the table and of the runs.
+    pairs = sorted(((_closeness(setting, group[0]), -number, setting, group) for group in alike.values()
+                    for number, setting in enumerate(free)), key=lambda pair: pair[:2], reverse=True)
+    placed: list[int] = []
+    for _, _, setting, group in pairs:
+        if setting not in places and id(group) not in placed and setting[3] == bool(group[0].config['value']['run']):
+            places[setting] = group
+            placed.append(id(group))
+    return places
+
+
+def _closeness(setting: Setting, run: Run) -> tuple[bool, bool, bool]:
+    task, reference, value, _ = setting
+    return (task == _task(run), _is(run.config['reference']['source'], reference),
+            _is(run.config['value']['source'], value))
+
+
+def _task(run: Run) -> str:
+    name = str(run.config['task']['name'])
+    return str(run.config['task']['math']['test_set']) if name == 'math' else name
+
+
+def _is(source: str, model: str) -> bool:
+    return paper.MODELS[model] in Path(source).name.lower()
+
+
+def _fitting(column: Column, runs: Sequence[Run]) -> Run | None:
+    """Returns the run whose networks are fitted as the column says.
+
+    Of several it is the one with the fewest iterations that are enough, or with the most where none are told.
+    """
+    fitting = [run for run in runs if _is_variant(column.variant, run.config)]
+    sign = 1 if column.variant.iterations else -1
+    return min(fitting, key=lambda run: sign * run.config['iterations'], default=None)
+
+
+def _is_variant(variant: Variant, config: Mapping[str, Any]) -> bool:
+    value = config['value']
+    return bool(value['run']) == variant.other_policy and value['type'] == variant.kind and (
+        value['head'] in variant.heads and config['fit']['tokens'] == variant.tokens
+        and config['iterations'] >= variant.iterations)
+
+
+def _row(run: Run, table: Table, column: Column, method: str) -> Row | None:
+    """Returns the row of a method at its chosen eta, of the column's iteration or of the last."""
+    evaluation = run.config['eval']
+    split = evaluation['split'] if table.split == 'test' else evaluation['select_split']
+    rows = [row for row in run.results if row['method'] == method and row['split'] == split and row['selected']]
+    if method == 'qsharp' and column.variant.iterations:
+        rows = [row for row in rows if row['iteration'] == column.variant.iterations]
+    return max(rows, key=lambda row: row['iteration'], default=None)
+
+
+def _cell(table: Table, column: Column, method: str, metric: str, number: float | None, run: Run | None,
+          row: Row | None) -> Cell:
+    setting = f'{paper.TASKS[column.task]}, {column.reference} with {column.value}'
+    policy = column.names[method] if method in column.names else METHODS[method]
+    if column.variant.name and not column.variant.other_policy:
+        policy += f', {column.variant.name}'
+    k = paper.SETTINGS['eval.samples'] if row is None else row['k']
+    name = METRICS[metric].format(k=k)
+    ours = None if row is None or metric not in row else row[metric]
+    if ours is None or run is None or row is None:
+        return Cell(setting, policy, name, number, None, None, _filled_by(table, method, metric, run, row))
+    scale = 1.0 if metric == 'kl' else 100.0
+    error = row[f'{metric}_se']
+    return Cell(setting, policy, name, number, scale * ours, None if error is None else scale * error,
+                '; '.join(_differences(run, row, column)))
+
+
+def _differences(run: Run, row: Row, column: Column) -> list[str]:
+    """What is otherwise than in the paper, in words."""
+    config = run.config
+    words = []
+    if _task(run) != column.task:
+        words.append(f'task {_task(run)}')
+    for section, model in (('reference', column.reference), ('value', column.value)):
+        source = config[section]['source']
+        if section == 'value' and not source:
+            layers = config['value']['layers']
+            words.append('value network from ' + (f'{layers} layers of the reference' if layers else 'the reference'))
+        elif not _is(source, model):
+            words.append(f'{section} {Path(source).name}')
+    for key, usual in paper.SETTINGS.items():
+        section, name = key.split('.')
+        if config[section][name] != usual:
+            words.append(f'{name} {config[section][name]}')
+    asked = paper.QUESTIONS[column.task] if column.task in paper.QUESTIONS else None
+    if row['split'] != 'validation' and row['n_examples'] != asked:
+        words.append(f'{row["n_examples"]} questions')
+    if row['eta'] is not None and row['eta'] != paper.ETA:
+        words.append(f'η {row["eta"]:g}')
+    if row['method'] == 'cd' and config['eval']['cd_network'] == 'shared':
+        words.append('CD on the network of Q♯')
+    return words
+
+
+def _filled_by(table: Table, method: str, metric: str, run: Run | None, row: Row | None) -> str:
+    """What to run for a number that is missing."""
+    if metric == 'kl_to_first_reference':
+        return 'not measured: KL here is to the policy that is guided'
+    if run is None:
+        return f'python experiments/reproduce.py --table={table.number} --size=paper --run'
+    if row is not None and metric in ('best_of_k', 'weighted_maj@k'):
+        key = 'eval.reward_model=True'
+    elif method in ('reference', 'qsharp'):
+        return f'the command of {run.workdir} again: it is not finished'
+    else:
+        key = f'eval.methods={",".join(dict.fromkeys([*run.config["eval"]["methods"], method]))}'
+    return f'the command of {run.workdir} again, with --config.{key}'
+
+
+def rendered(table: Table, found: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Returns titles and cells in text."""
+    titles = ['setting of the paper', 'policy', 'measured', 'paper', 'ours', 'difference', 'what differs']
+    lines = []
+    for cell in found:
+        digits = 2 if 'nats' in cell.metric else 1
+        ours = '' if cell.ours is None else f'{cell.ours:.{digits}f}' + (
+            '' if cell.error is None else f' ± {cell.error:.{digits}f}')
+        lines.append([
+            cell.setting, cell.policy, cell.metric, '' if cell.paper is None else f'{cell.paper:.{digits}f}',
+            ours or 'missing', '' if cell.difference is None else f'{cell.difference:+.{digits}f}',
+            cell.differs if ours else f'`{cell.differs}`' if cell.differs.startswith('python') else cell.differs])
+    return titles, lines
+
+
+def caption(table: Table) -> str:
+    """What a table is, and what its signs mean."""
+    return (f'Table {table.number} of the paper: {table.title}. ± is one standard error, clustered by question; the '
+            'paper has none. The difference is ours less the paper\'s.')
+
+
+def markdown(table: Table, found: Sequence[Cell]) -> str:
+    """Returns a table as Markdown."""
+    titles, lines = rendered(table, found)
+    rows = [titles, ['---'] * 3 + ['---:'] * 3 + ['---'], *lines]
+    return ''.join(f'| {" | ".join(text.replace("|", chr(92) + "|") for text in row)} |\n' for row in rows) + (
+        f'\n{caption(table)}\n')
+
+
+def latex(table: Table, found: Sequence[Cell]) -> str:
+    """Returns a table as LaTeX, of standard packages only."""
+    titles, lines = rendered(table, found)
+    rows = [' & '.join(map(_escaped, row)) + r' \\' for row in (titles, *lines)]
+    return '\n'.join([r'\begin{table}', r'\small', r'\begin{tabular}{lllrrrp{5cm}}', r'\hline', rows[0], r'\hline',
+                      *rows[1:], r'\hline', r'\end{tabular}', rf'\caption{{{_escaped(caption(table))}}}',
+                      r'\end{table}', ''])
+
+
+_LATEX = {'\\': r'\textbackslash{}', '&': r'\&', '%': r'\%', '_': r'\_', '#': r'\#', '$': r'\$', '{': r'\{', '}': r'\}',
+          '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '±': r'$\pm$', '♯': r'$^\sharp$', 'η': r'$\eta$',
+          'π': r'$\pi$', '`': ''}
+
+
+def _escaped(text: str) -> str:
+    return ''.join(_LATEX[mark] if mark in _LATEX else mark for mark in text)
+
+
+def read(workdirs: Sequence[Path]) -> list[Run]:
+    """Returns the runs of these directories, their configs and results alone.
+
+    Raises:
+      ValueError: one of them holds no run.
+    """
+    found = [records.read(workdir, samples=False) for workdir in workdirs]
+    # Keys that were added since a run was made have their defaults.
+    return [dataclasses.replace(run, config=config_lib.from_json(json.dumps(run.config)).to_dict()) for run in found]

@@ -1,0 +1,193 @@
+"""The runs of a table of the paper: what is done, what is left and what it takes, and the doing of it."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import json
+from pathlib import Path
+import shlex
+
+import jax
+import ml_collections
+
+from qsharp_jax import config as config_lib
+from qsharp_jax import estimates, plans, results, train
+from qsharp_jax.categorical import METHODS
+from qsharp_jax.metrics import read_rows
+from qsharp_jax.plans import Job
+from qsharp_jax.progress import duration
+from qsharp_jax.report import publish
+
+Overrides = Sequence[tuple[str, str]]
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A job with its place and configuration.
+
+    Attributes:
+      job: what it is.
+      workdir: where it runs.
+      config: checked and locked.
+      overrides: that give this config, for a command line.
+      shares: work directory that roll-outs are taken from; None for none.
+    """
+
+    job: Job
+    workdir: Path
+    config: ml_collections.ConfigDict
+    overrides: Overrides
+    shares: Path | None
+
+    @property
+    def command(self) -> str:
+        """The command that does the same by hand."""
+        words = ['python', _from_here('experiments/train.py'), f'--config={_from_here(self.job.config)}',
+                 f'--workdir={self.workdir}',
+                 *(f'--config.{key}={text}' for key, text in self.overrides)]
+        if self.shares:
+            words += [f'--relabel_from={self.shares}', '--relabel_iterations=1']
+        return shlex.join(words)
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of what is not in results.jsonl yet; none where the run is done."""
+        plan = results.plan_of(self.config)
+        rows = [] if not (self.workdir / 'results.jsonl').exists() else read_rows(self.workdir / 'results.jsonl')
+        there = {(row['method'], row['iteration'], row['eta'], row['temperature'], row['split']) for row in rows}
+        last = self.config.iterations
+        lacking = []
+        for iteration in range(last + 1):
+            # A borrowed network is the last that its run has.
+            meant = set(METHODS) - ({'qsharp'} if self.config.value.run and iteration < last else set())
+            for group in results.policies(plan, iteration, meant):
+                for policy in group:
+                    eta = policy.eta if policy.guided else None
+                    wanted = [(policy.method, iteration, eta, policy.temperature, split) for split in plan.splits]
+                    if not there.issuperset(wanted):
+                        lacking.append(f'{policy.method} {iteration}')
+        scored = any(row['scored_by'] is not None for row in rows if 'scored_by' in row)
+        if self.config.eval.reward_model and not scored:
+            lacking.append('scores of answers')
+        return list(dict.fromkeys(lacking))
+
+    @property
+    def status(self) -> str:
+        """How far it is, in words."""
+        if not self.missing:
+            return 'done'
+        path = self.workdir / 'timings.json'
+        finished = list(json.loads(path.read_text())) if path.exists() else []
+        return f'stopped in or after "{finished[-1]}"' if finished else 'to do'
+
+
+def planned(table: str, size: str, root: Path, overrides: Overrides = (), policy: str = '',
+            only: Sequence[str] = ()) -> list[Planned]:
+    """Returns the runs of a table.
+
+    Args:
+      table: as in `plans.jobs`.
+      size: as in `plans.jobs`.
+      root: directory of the work directories.
+      overrides: dotted keys with texts, for all runs.
+      policy: source of the other policy of table 7.
+      only: names of jobs; none for all.
+
+    Raises:
+      ValueError: there is no such table, size or job; a key is wrong, or is what makes a job the one that it is; the
+        other policy is not named.
+    """
+    jobs = plans.jobs(table, size)
+    names = [job.name for job in jobs]
+    unknown = sorted(set(only) - set(names))
+    if unknown:
+        raise ValueError(f'--jobs names {", ".join(unknown)}; table {table} at size {size} has {", ".join(names)}.')
+    chosen = [job for job in jobs if not only or job.name in only]
+    _check_overrides(chosen, overrides)
+    found = []
+    for job in chosen:
+        # A model of the plan may be given as a path of one's own.
+        keys = {key: text for key, text in job.keys.items() if key not in dict(overrides)}
+        given = list(overrides)
+        if job.guided_by:
+            keys['value.run'] = str(root / size / job.guided_by)
+        if job.other_policy:
+            if not policy:
+                raise ValueError(f'table {table} guides another policy too: name its checkpoint with --policy, a '
+                                 'folder or file of the same tokenizer, or leave it out with --jobs.')
+            given = [(key, text) for key, text in given if key != 'reference.source']
+            keys['reference.source'] = policy
+        every = [*given, *keys.items()]
+        found.append(Planned(job, root / size / job.name, config_lib.load(_from_here(job.config), every), every,
+                             root / size / job.shares if job.shares else None))
+    return found
+
+
+def _check_overrides(jobs: Sequence[Job], overrides: Overrides) -> None:
+    """Raises ValueError for a key that tells jobs apart, unless it names the one model of all of them."""
+    for key, _ in overrides:
+        alike = [job for job in jobs if not (job.other_policy and key == 'reference.source')]
+        configs = [config_lib.flatten(config_lib.load(_from_here(job.config), list(job.keys.items()))) for job in alike]
+        # A key that does not exist is refused, with the nearest names, where it is set.
+        values = {keys[key] for keys in configs if key in keys}
+        special = [job.name for job in alike if key in job.keys]
+        if special and not key.endswith('.source') or key.endswith('.source') and len(values) > 1:
+            raise ValueError(f'--config.{key} is not the same for all runs ({", ".join(special)} has a value of its '
+                             'own): leave it out, or name the runs that it is for with --jobs.')
+
+
+def _from_here(path: str) -> str:
+    """Returns a path of this checkout, with a size behind it or not, as it is written from the current directory."""
+    return path if Path(path.partition(':')[0]).exists() else str(_ROOT / path)
+
+
+def describe(found: Sequence[Planned]) -> str:
+    """Returns what is done and what is left, with what it takes."""
+    lines = []
+    rate = estimates.measured_rate([one.workdir for one in found])
+    for one in found:
+        lines += [f'{one.job.name}: {one.status}', f'  {one.command}']
+        if one.shares:
+            lines.append(f'  takes the first iteration and the reference\'s answers from {one.shares}')
+        if one.status == 'done':
+            lines.append(f'  took {duration(estimates.seconds_taken(one.workdir))}')
+        else:
+            lines += [f'  {line}' for line in estimates.of_run(one.config, one.workdir, rate, one.shares is not None)]
+    left = sum(one.status != 'done' for one in found)
+    return '\n'.join([*lines, f'{len(found) - left} of {len(found)} runs are done.'])
+
+
+def run(table: str, size: str, root: Path, overrides: Overrides = (), policy: str = '', only: Sequence[str] = (),
+        execute: bool = False) -> str:
+    """Prints the plan of a table; runs what is missing, if asked to; makes the table of what there is, and returns it.
+
+    Args:
+      table: as in `planned`, as the others.
+      size: as above.
+      root: as above.
+      overrides: as above.
+      policy: as above.
+      only: as above.
+      execute: whether to run what is not done. A run that was stopped goes on.
+
+    Raises:
+      ValueError: as `planned`, or as a run.
+    """
+    found = planned(table, size, root, overrides, policy, only)
+    print(describe(found), flush=True)
+    for one in found if execute else []:
+        if one.status == 'done':
+            continue
+        print(f'\n{one.job.name}: {one.command}', flush=True)
+        shares = one.shares
+        if shares and not (shares / 'config.json').exists():
+            print(f'{shares} is not there: roll-outs are collected anew.', flush=True)
+            shares = None
+        train.run(one.config, one.workdir, relabel_from=shares, relabel_iterations=1)
+        jax.clear_caches()  # the next run's programs are others
+    made = [one.workdir for one in found if (one.workdir / 'results.jsonl').exists()]
+    text = publish.write(table, made, root / size / 'tables')
+    print(f'\n{text}\nFiles: {root / size / "tables"}')
+    return text

@@ -1,0 +1,179 @@
+"""The paper's tables with runs beside them, on results written by hand."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import tables as entry
+from qsharp_jax import cli, config, metrics
+from qsharp_jax.report import comparison, paper, publish
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = str(ROOT / 'configs' / 'gsm8k.py') + ':small'
+PAPER = str(ROOT / 'configs' / 'math.py') + ':paper'
+ARITHMETIC = str(ROOT / 'configs' / 'arithmetic.py') + ':small'
+
+Row = dict[str, Any]
+
+
+def result(method: str, iteration: int, eta: float | None, value: float, **changes: Any) -> Row:
+    row: Row = {
+        'method': method, 'iteration': iteration, 'eta': eta, 'temperature': 1.0, 'split': 'test', 'pass@1': value,
+        'pass@1_se': 0.02, 'pass@k': 0.9, 'k': 4, 'maj@k': value + 0.1, 'maj@k_se': 0.03, 'kl': 10 * value,
+        'kl_se': 0.1, 'kl_per_token': 0.1, 'best_of_k': None, 'best_of_k_se': None, 'weighted_maj@k': None,
+        'weighted_maj@k_se': None, 'truncated': 0.0, 'n_examples': 50, 'n_samples': 4, 'seconds': 1.0,
+        'commit': 'abc', 'devices': 1, 'selected': True}
+    return {**row, **changes}
+
+
+def make(directory: Path, spec: str, rows: list[Row], **keys: Any) -> Path:
+    directory.mkdir(parents=True)
+    loaded = config.load(spec, [(key.replace('__', '.'), str(text)) for key, text in keys.items()])
+    (directory / 'config.json').write_text(config.to_json(loaded))
+    metrics.ResultsFile(directory / 'results.jsonl').add(rows)
+    return directory
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return make(tmp_path / 'small', SMALL, [
+        result('reference', 0, None, 0.3), result('reference', 0, None, 0.4, temperature=0.0, selected=False),
+        result('cd', 1, 0.5, 0.35), result('qsharp', 1, 0.1, 0.36), result('qsharp', 2, 0.05, 0.9, selected=False),
+        result('qsharp', 2, 0.2, 0.42, best_of_k=0.5, best_of_k_se=0.04),
+        *(result('qsharp', 2, eta, 0.1 / eta, split='validation', selected=eta == 0.2) for eta in (0.2, 0.5))])
+
+
+def test_a_small_run_stands_in_the_first_place_and_says_what_differs(small: Path) -> None:
+    table = paper.TABLES['1']
+    found = comparison.cells(table, comparison.read([small]))
+    assert len(found) == 4 * (2 + 3 + 3)
+    ours = {(cell.policy, cell.metric): cell for cell in found if cell.ours is not None}
+    assert {cell.setting for cell in ours.values()} == {'GSM8K, Llama 3 8B with Llama 3.2 1B'}
+    # The last iteration at the chosen eta, the reference at its own temperature.
+    assert {key: cell.ours for key, cell in ours.items()} == pytest.approx({
+        ('reference', 'pass@1, %'): 30, ('reference', 'maj@4, %'): 40,
+        ('CD', 'pass@1, %'): 35, ('CD', 'maj@4, %'): 45, ('CD', 'KL, nats'): 3.5,
+        ('Q♯', 'pass@1, %'): 42, ('Q♯', 'maj@4, %'): 52, ('Q♯', 'KL, nats'): 4.2})
+    cell = ours['Q♯', 'pass@1, %']
+    assert cell.paper == 78.4 and cell.difference == pytest.approx(42 - 78.4) and cell.error == pytest.approx(2)
+    for words in ('reference Qwen2.5-0.5B-Instruct', 'value network from 12 layers of the reference', 'top_p 1.0',
+                  'max_new_tokens 300', 'samples 4', '50 questions', 'η 0.2'):
+        assert words in cell.differs, words
+    missing = [cell for cell in found if cell.ours is None]
+    assert {cell.differs for cell in missing} == {'python experiments/reproduce.py --table=1 --size=paper --run'}
+    assert all(cell.difference is None for cell in missing)
+
+
+def test_the_paper_s_own_models_stand_in_their_own_place(small: Path, tmp_path: Path) -> None:
+    own = make(tmp_path / 'own', PAPER, [result('qsharp', 2, 0.1, 0.467, k=8, n_examples=500, temperature=0.8)],
+               reference__source='models/Llama-3.1-8B-Instruct', value__source='models/Llama-3.2-1B-Instruct')
+    found = comparison.cells(paper.TABLES['1'], comparison.read([small, own]))
+    filled = {cell.setting: cell for cell in found if cell.ours is not None and cell.metric.startswith('pass@1')
+              and cell.policy == 'Q♯'}
+    assert set(filled) == {'GSM8K, Llama 3 8B with Llama 3.2 1B', 'MATH, Llama 3.1 8B with Llama 3.2 1B'}
+    cell = filled['MATH, Llama 3.1 8B with Llama 3.2 1B']
+    assert cell.differs == '' and cell.difference == pytest.approx(0)
+    lacking = next(cell for cell in found if cell.setting.startswith('MATH, Llama 3.1') and cell.policy == 'CD')
+    assert lacking.differs.endswith(f'the command of {own} again, with --config.eval.methods=cd,qsharp')
+
+
+def test_a_score_that_is_missing_names_its_key(small: Path) -> None:
+    found = comparison.cells(paper.TABLES['3'], comparison.read([small]))
+    there = [cell for cell in found if cell.setting.startswith('GSM8K')]
+    assert len(there) == 8
+    best = {cell.policy: cell for cell in there if cell.metric.startswith('best of')}
+    assert best['Q♯'].ours == pytest.approx(50) and best['Q♯'].metric == 'best of 4, %' and best['Q♯'].paper == 86.0
+    assert '--config.eval.reward_model=True' in best['reference'].differs
+
+
+def variants(tmp_path: Path) -> list[Path]:
+    def rows(*values: float) -> list[Row]:
+        return [result('qsharp', k, 0.1, value, split='validation') for k, value in enumerate(values, start=1)]
+    return [make(tmp_path / name, ARITHMETIC, rows(*values), iterations=len(values), **keys)
+            for name, values, keys in (
+                ('single', [0.1], {'fit__tokens': 'single'}), ('base', [0.2, 0.3], {}),
+                ('mse', [0.4], {'value__head': 'mse'}), ('q', [0.5], {'value__type': 'q'}),
+                ('categorical', [0.6], {'value__head': 'categorical'}))]
+
+
+def test_each_ablation_is_found_by_how_it_was_fitted(tmp_path: Path) -> None:
+    found = comparison.cells(paper.TABLES['4'], comparison.read(variants(tmp_path)))
+    ours = [cell for cell in found if cell.ours is not None]
+    # One run of two iterations has both lines.
+    assert [(cell.policy.split(', ', 1)[1], cell.paper, round(cell.ours or 0)) for cell in ours] == [
+        ('single prefix, V, distributional, 1 iteration', 80.5, 10),
+        ('all prefixes, Q, distributional, 1 iteration', 81.4, 50), ('all prefixes, V, MSE, 1 iteration', 81.4, 40),
+        ('all prefixes, V, distributional, 1 iteration', 82.3, 20),
+        ('all prefixes, V, distributional, 2 iterations', 83.5, 30),
+        ('all prefixes, V, categorical, 1 iteration', None, 60)]
+    assert all('task arithmetic' in cell.differs for cell in ours)
+    assert len([cell for cell in found if cell.ours is None]) == 5  # of MATH; what it does not report has no line
+
+
+def test_two_value_networks_of_one_reference_have_two_places(small: Path, tmp_path: Path) -> None:
+    deeper = make(tmp_path / 'deeper', SMALL, [result('qsharp', 2, 0.1, 0.5)], value__layers=18)
+    found = comparison.cells(paper.TABLES['2'], comparison.read([small, deeper]))
+    ours = [(cell.setting, cell.ours) for cell in found
+            if cell.policy == 'Q♯' and cell.metric.startswith('pass@1') and cell.ours is not None]
+    assert ours == [('MATH, Llama 3 70B with Llama 3.2 1B', pytest.approx(42)),
+                    ('MATH, Llama 3 70B with Llama 3.2 3B', pytest.approx(50))]
+
+
+def test_another_policy_has_its_own_place(small: Path, tmp_path: Path) -> None:
+    other = make(tmp_path / 'other', SMALL, [result('reference', 0, None, 0.5), result('qsharp', 2, 0.1, 0.6)],
+                 value__run=small, reference__source='ppo', eval__cd_network='shared', eval__methods='qsharp')
+    found = comparison.cells(paper.TABLES['7'], comparison.read([other, small]))
+    ours = {(cell.policy, cell.metric.split(',')[0]): cell.ours for cell in found if cell.ours is not None}
+    assert ours['PPO', 'pass@1'] == pytest.approx(50) and ours['PPO + Q♯', 'pass@1'] == pytest.approx(60)
+    assert ours['Q♯', 'pass@1'] == pytest.approx(42)
+    # KL to a policy that is not the one guided is not measured, and nothing else takes its place.
+    assert ('PPO', 'KL to the reference') not in ours
+    assert any(cell.differs.startswith('not measured') and cell.paper == 69.52 for cell in found)
+
+
+@pytest.mark.parametrize('number', publish.NAMES)
+def test_every_table_is_made_without_a_run_and_with_one(number: str, small: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'out'
+    nothing = publish.write(number, [], out)
+    assert 'missing' in nothing.lower() and 'experiments/reproduce.py' in nothing
+    text = publish.write(number, [small], out)
+    names = sorted(path.name for path in out.iterdir())
+    if number == 'fig3':
+        assert names == ['fig3.md', 'fig3_small.png', 'fig3_small.svg'] and '| **Q♯, iteration 2** | **0.2** |' in text
+        return
+    assert {f'table_{number}.{end}' for end in ('md', 'tex', 'png', 'svg')} <= set(names)
+    lines = [line for line in text.splitlines() if line.startswith('|')]
+    assert len({line.count('|') for line in lines}) == 1
+    tex = (out / f'table_{number}.tex').read_text()
+    rows = [line for line in tex.splitlines() if line.endswith(r'\\')]
+    assert len(rows) == len(lines) - 1 and all(row.replace(r'\&', '').count('&') == 6 for row in rows)
+    assert '_' not in tex.replace(r'\_', '') and '♯' not in tex
+    assert (out / f'table_{number}.md').read_text() == text
+
+
+def test_what_the_paper_repeats_is_repeated() -> None:
+    """Numbers that stand in two tables, and what the paper says of all: Q# is above CD, at less KL."""
+    seen: dict[tuple[str, ...], float | None] = {}
+    for table in paper.TABLES.values():
+        for column in table.columns:
+            assert column.reference in paper.MODELS and column.value in paper.MODELS and column.task in paper.TASKS
+            if table.split != 'test' or column.variant.other_policy:
+                continue
+            for method, numbers in column.numbers.items():
+                for metric, number in numbers.items():
+                    key = (*column.setting[:2 if method == 'reference' else 3], method, metric)
+                    assert seen.setdefault(key, number) == number, key
+            if 'cd' in column.numbers:
+                cd, qsharp = column.numbers['cd'], column.numbers['qsharp']
+                assert cd['pass@1'] < qsharp['pass@1'] and cd['maj@k'] < qsharp['maj@k'] and cd['kl'] > qsharp['kl']
+    assert [len(table.columns) for table in paper.TABLES.values()] == [4, 4, 2, 12, 3, 2, 2]
+
+
+def test_the_entry_point_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (([], '--table=NUMBER'), (['runs/a'], '--table=NUMBER'),
+                             (['--table=1', f'--out={tmp_path}', str(tmp_path / 'none')], 'holds no run')):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(entry.main, arguments)
+        assert ended.value.code == 2 and words in capsys.readouterr().err
