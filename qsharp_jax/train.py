@@ -14,7 +14,7 @@ import time
 
 import ml_collections
 
-from qsharp_jax import checkpoint, collect
+from qsharp_jax import checkpoint, collect, comparison
 from qsharp_jax import config as config_lib
 from qsharp_jax import describe, experiment, fit, fits, progress, relabel, report, sharding
 from qsharp_jax import topology as topology_lib
@@ -77,6 +77,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
             values = fit.fit_iteration(parts, iteration, values)
         with timed(directory, f'evaluate {iteration}'):
             evaluation.run(iteration, values)
+    if config.baselines.value_on_pairs:
+        with timed(directory, 'value on pairs'):
+            comparison.run_pairs(parts)
+    for method in config.baselines.methods:
+        with timed(directory, f'train {method}'):
+            comparison.run_policy(parts, evaluation, method)
     return report.print_results(directory)
 
 

@@ -19,9 +19,9 @@ LAYERS = (
     ('sharding', 'topology', 'hlo', 'optimizers', 'data', 'rewards', 'models', 'decoding'),
     ('rollout', 'units', 'queue', 'learner', 'checkpoint', 'baselines', 'ledger'),
     ('references', 'experiment'),
-    ('collect', 'fit', 'evaluate', 'relabel'),
+    ('collect', 'fit', 'evaluate', 'relabel', 'pairs', 'policy_fit'),
     ('results', 'describe', 'programs'),
-    ('fits',),
+    ('fits', 'comparison'),
     ('train', 'generate', 'export', 'chat'),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}

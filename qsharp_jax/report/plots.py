@@ -168,7 +168,10 @@ def _shades(count: int) -> list[str]:
 
 def _looks(curves: Sequence[Sequence[Row]]) -> list[tuple[str, str]]:
     """Colour and marker of each curve, by method; the last iteration of Q♯ is the strongest."""
-    fixed = {'reference': (_GREY, 's'), 'cd': (_ORANGE, '^'), 'fudge': (_GREEN, 'v')}
+    fixed = {
+        'reference': (_GREY, 's'), 'cd': (_ORANGE, '^'), 'fudge': (_GREEN, 'v'), 'qsharp_pairs': (_BLUE, 'D'),
+        'cd_pairs': (_ORANGE, 'D'), 'fudge_pairs': (_GREEN, 'D'), 'reinforce': (_PURPLE, 'P'),
+        'reinforce_greedy': (_PURPLE, 'X'), 'grpo': (_PURPLE, '*'), 'dpo': (_SKY, 'P'), 'rpo': (_SKY, 'X')}
     qsharp = sum(points[0]['method'] == 'qsharp' for points in curves)
     shades = iter((([_SKY, _PURPLE] * qsharp)[:max(qsharp - 1, 0)] + [_BLUE]))
     return [(next(shades), 'o') if points[0]['method'] == 'qsharp' else fixed[points[0]['method']] for points in curves]
