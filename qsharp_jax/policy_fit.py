@@ -191,7 +191,8 @@ class _OwnAnswers:
         self._experiment, self._method = experiment, policies.METHODS[method]
         self._prompts = experiment.prompts('train')
         grouped = method == 'grpo'
-        self._samples, batches = (config.grpo.samples, config.grpo.batches) if grouped else (1, 1)
+        self._samples = int(config.grpo.samples) if grouped else 1
+        batches = int(config.grpo.batches) if grouped else 1
         self._passes = config.grpo.passes if grouped else 1
         self._scaled = config.grpo.scaled if grouped else None
         self._size = config.batch_size

@@ -1,6 +1,6 @@
 """Losses of the methods that train the policy itself, as pure functions of log-probabilities.
 
-Letters: B answers or pairs, P prompts, G answers of one prompt, T tokens, V vocabulary. The log-probability of an answer
+Letters: B answers or pairs, P prompts, G answers of a prompt, T tokens, V vocabulary. The log-probability of an answer
 is the sum over its tokens; losses are means over answers or pairs. Rewards become advantages on the host, before the
 gradient.
 """
