@@ -89,11 +89,9 @@ def train(experiment: Experiment, method: str, learning_rate: float) -> Trained:
         return Trained(params, _digest(directory), meta['answers'], name)
     source, answers = _source(experiment, method)
     steps = source.rounds * source.steps
-    optimizer = _optimizer(config.baselines, learning_rate, steps)
+    optimizer = optimizer_config(config.baselines, learning_rate, steps)
     state = learner.init(start, optimizer)
-    log_probs = log_probs_fn(experiment)
-    options = {**config.baselines[policies.METHODS[method].section]}
-    update = policies.make_update(method, options, log_probs, optimizer, state)
+    update = make_update(experiment, method, optimizer, state)
     asked = experiment.reference_params if policies.METHODS[method].reference else None
     saved = checkpoint.Checkpoints(experiment.workdir / 'checkpoints' / f'unfinished_{stage}', config.checkpoint.keep)
     found = saved.restore_latest(state)
@@ -126,6 +124,13 @@ def train(experiment: Experiment, method: str, learning_rate: float) -> Trained:
     checkpoint.save_params(directory, state.params, {
         'reference': experiment.reference_digest, 'settings': settings, 'answers': answers})
     return Trained(state.params, _digest(directory), answers, name)
+
+
+def make_update(experiment: Experiment, method: str, optimizer: OptimizerConfig,
+                state: learner.LearnerState) -> jax.stages.Wrapped:
+    """Returns the jitted update of a method in this run; see `policies.make_update`."""
+    settings = {**experiment.config.baselines[policies.METHODS[method].section]}
+    return policies.make_update(method, settings, log_probs_fn(experiment), optimizer, state)
 
 
 def log_probs_fn(experiment: Experiment, temperature: float | None = None) -> policies.LogProbsFn:
@@ -324,7 +329,8 @@ def float32_start(experiment: Experiment) -> Params:
                    out_shardings=shardings)(experiment.reference_params)
 
 
-def _optimizer(baselines: Any, learning_rate: float, steps: int) -> OptimizerConfig:
+def optimizer_config(baselines: Any, learning_rate: float, steps: int) -> OptimizerConfig:
+    """Returns the optimizer of the config's section `baselines` for a training of `steps` steps."""
     return OptimizerConfig(
         learning_rate=learning_rate, weight_decay=baselines.weight_decay, clip_norm=baselines.clip_norm or math.inf,
         schedule=baselines.schedule, end_share=baselines.end_share,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsharp_jax import checkpoint, comparison, experiment, export, pairs, policy_fit, train
+from qsharp_jax import checkpoint, comparison, decoding, experiment, export, pairs, policy_fit, train
 from qsharp_jax.baselines import policies
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows
@@ -131,6 +131,14 @@ def test_rounds_are_of_the_policy_and_of_its_most_probable_answers_where_greedy(
         tuple(prompts.tokens[index]) for index in order[:8]]
     assert (sampled == answers('reinforce', 0, start)).all()
     assert (sampled != answers('reinforce', 0, comparison.chosen_policies(compared)['reinforce'])).any()
+
+
+def test_new_parameters_compile_nothing(compared: Experiment) -> None:
+    source = policy_fit._OwnAnswers(compared, 'reinforce')
+    source.round(0, compared.reference_params)
+    programs = [fn._cache_size() for fn in (decoding.advance, decoding.refill, decoding.prefill)]
+    source.round(1, comparison.chosen_policies(compared)['reinforce'])
+    assert programs == [fn._cache_size() for fn in (decoding.advance, decoding.refill, decoding.prefill)]
 
 
 def test_pairs_are_of_a_right_and_a_wrong_answer(compared: Experiment) -> None:

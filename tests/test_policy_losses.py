@@ -65,14 +65,26 @@ def answers(language: tabular.Language) -> Listed:
     return listed(language)
 
 
-def expected_gradient(answers: Listed, logits: jax.Array, loss: Callable[[jax.Array, np.ndarray], jax.Array],
-                      ) -> jax.Array:
-    """The gradient of a loss of two independent answers, in expectation over both; `loss` takes (logits, pair)."""
+Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def expected_gradient(answers: Listed, logits: jax.Array, advantages_of: Callable[[np.ndarray], np.ndarray],
+                      loss: Loss) -> jax.Array:
+    """The gradient of a loss of two independent answers, in expectation over both.
+
+    Args:
+      answers: of the language.
+      logits: of the policy that draws them.  # [M, V]
+      advantages_of: from the rewards of two answers.
+      loss: takes (logits, which two, their advantages).
+    """
     law = np.exp(np.asarray(answers.answer_log_probs(logits), np.float64))
     pairs = np.array([(a, b) for a in range(len(law)) for b in range(len(law))])
     chance = jnp.asarray(law[pairs[:, 0]] * law[pairs[:, 1]])
     assert float(chance.sum()) == pytest.approx(1, abs=1e-5)
-    return jax.grad(lambda logits: jnp.sum(chance * jnp.stack([loss(logits, pair) for pair in pairs])))(logits)
+    advantages = jnp.asarray(np.stack([advantages_of(answers.rewards[pair]) for pair in pairs]))
+    each = jax.vmap(loss, in_axes=(None, 0, 0))
+    return jax.grad(lambda logits: jnp.sum(chance * each(logits, jnp.asarray(pairs), advantages)))(logits)
 
 
 def value_gradient(answers: Listed, logits: jax.Array) -> jax.Array:
@@ -82,11 +94,11 @@ def value_gradient(answers: Listed, logits: jax.Array) -> jax.Array:
 def test_reinforce_ascends_the_expected_reward(language: tabular.Language, answers: Listed) -> None:
     logits = jnp.asarray(language.logits[0], jnp.float32)
 
-    def loss(logits: jax.Array, pair: np.ndarray) -> jax.Array:
-        advantages = losses.over_mean(answers.rewards[pair])
-        return losses.reinforce(answers.log_probs(logits)[pair], answers.weights[pair], jnp.asarray(advantages))
+    def loss(logits: jax.Array, pair: jax.Array, advantages: jax.Array) -> jax.Array:
+        return losses.reinforce(answers.log_probs(logits)[pair], jnp.asarray(answers.weights)[pair], advantages)
 
-    found, exact = expected_gradient(answers, logits, loss), value_gradient(answers, logits)
+    found = expected_gradient(answers, logits, losses.over_mean, loss)
+    exact = value_gradient(answers, logits)
     assert float(jnp.abs(exact).max()) > 0.05
     # The baseline holds the answer itself, which takes one part of B = 2 of the gradient.
     np.testing.assert_allclose(found, -exact / 2, atol=2e-6)
@@ -96,13 +108,12 @@ def test_grpo_ascends_the_expected_reward_where_it_drew(language: tabular.Langua
     logits = jnp.asarray(language.logits[0], jnp.float32)
     drawn = answers.log_probs(logits)
 
-    def loss(logits: jax.Array, pair: np.ndarray) -> jax.Array:
-        advantages = losses.over_group(answers.rewards[pair][None], scaled=False)[0]
-        return losses.clipped(answers.log_probs(logits)[pair], drawn[pair], answers.weights[pair],
-                              jnp.asarray(advantages), 0.2)
+    def loss(logits: jax.Array, pair: jax.Array, advantages: jax.Array) -> jax.Array:
+        return losses.clipped(
+            answers.log_probs(logits)[pair], drawn[pair], jnp.asarray(answers.weights)[pair], advantages, 0.2)
 
-    np.testing.assert_allclose(
-        expected_gradient(answers, logits, loss), -value_gradient(answers, logits) / 2, atol=2e-6)
+    found = expected_gradient(answers, logits, lambda rewards: losses.over_group(rewards[None], scaled=False)[0], loss)
+    np.testing.assert_allclose(found, -value_gradient(answers, logits) / 2, atol=2e-6)
 
 
 def test_the_divergence_is_the_oracles(language: tabular.Language, answers: Listed) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 Row = Mapping[str, Any]
 
-_METHODS = {
+METHODS = {
     'reference': 'reference', 'reinforce': 'REINFORCE', 'reinforce_greedy': 'REINFORCE, greedy', 'grpo': 'GRPO',
     'dpo': 'DPO', 'rpo': 'RPO', 'cd_pairs': 'CD on pairs', 'fudge_pairs': 'FUDGE on pairs',
     'qsharp_pairs': 'Q♯ on pairs', 'cd': 'CD', 'fudge': 'FUDGE', 'qsharp': 'Q♯'}
@@ -25,7 +25,7 @@ class Column:
 
 def series(row: Row) -> str:
     """The name of the curve that a row is a point of, such as 'Q♯, iteration 2'."""
-    name = _METHODS[row['method']]
+    name = METHODS[row['method']]
     only = row['method'].endswith('_pairs')  # of one iteration, which has no roll-outs
     return f'{name}, iteration {row["iteration"]}' if row['iteration'] and not only else name
 
@@ -44,7 +44,7 @@ def has_eta(row: Row) -> bool:
 
 def of_split(rows: Sequence[Row], split: str) -> list[Row]:
     """The rows of a split: the reference from hot to greedy, then each method by iteration from weak to strong."""
-    methods = list(_METHODS)
+    methods = list(METHODS)
     return sorted(
         (row for row in rows if row['split'] == split),
         key=lambda row: (methods.index(row['method']), row['iteration'], -row['temperature'], -_eta(row)))
