@@ -209,7 +209,7 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     if round_ % keys['baselines.grpo.samples']:
         yield (f"config.baselines.grpo.samples is {keys['baselines.grpo.samples']}; it must divide the answers of a "
                f'round, batch_size * grpo.batches, which are {round_}.')
-    several = [method for method in ('reinforce', 'grpo', 'dpo', 'rpo')
+    several = [method for method in (name.removesuffix('_greedy') for name in keys['baselines.methods'])
                if len(keys[f'baselines.{method}.learning_rates']) > 1]
     if several and not keys['eval.select_split']:
         yield (f'config.baselines.{several[0]}.learning_rates has several rates, and config.eval.select_split, which '

@@ -230,19 +230,3 @@ def test_policies_are_exported_as_models(compared: Experiment, tmp_path: Path) -
     np.testing.assert_array_equal(
         networks.text_logits(file.config, params, tokens),
         networks.text_logits(compared.reference_config, comparison.chosen_policies(compared)['dpo'], tokens))
-
-
-@pytest.mark.whole
-def test_a_run_has_all_methods_in_one_table(data: Path, tmp_path: Path) -> None:
-    config = tiny.config(data, **{**SETTINGS, 'baselines__methods': 'reinforce', 'baselines__value_on_pairs': True,
-                                  'eval__methods': 'qsharp', 'eval__select_split': '', 'eval__etas': '0.1',
-                                  'baselines__curve_examples': 0})
-    report = train.run(config, tmp_path)
-    rows = read_rows(tmp_path / 'results.jsonl')
-    names = {row['method'] for row in rows}
-    assert names == {'reference', 'reinforce', 'qsharp', 'qsharp_pairs'}
-    assert report is not None and 'REINFORCE' in report.read_text() and 'Q♯ on pairs' in report.read_text()
-    # The network beside is fitted to the pairs, of which half are right, and not to the roll-outs.
-    labels = [np.load(path) for path in sorted((tmp_path / 'pairs/dataset/labels').rglob('*.npy'))]
-    assert labels and all((one.reshape(-1, 2) == [1, 0]).all() for one in labels)
-    assert (tmp_path / 'pairs/checkpoints/value_1/value.json').exists()

@@ -204,7 +204,7 @@ def test_a_file_of_other_keys_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='there is no config.colour'):
         config.load(str(path))
     path.write_text('import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict()\n')
-    with pytest.raises(ValueError, match='config.seed is missing|config.checkpoint.keep is missing'):
+    with pytest.raises(ValueError, match=r'config\.\S+ is missing'):
         config.load(str(path))
 
 

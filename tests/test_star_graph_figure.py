@@ -33,13 +33,15 @@ def run(degree: int, length: int, seed: int = 0, answers: int = 100, **changes: 
 def test_one_panel_a_graph_with_its_line_and_three_panels_of_the_first(tmp_path: Path) -> None:
     figure = star_graph_figure.draw([run(5, 5), run(2, 5), run(2, 5, seed=2), run(3, 8), run(2, 5, answers=10)])
     above, below = figure.subfigs
-    assert [ax.get_title() for ax in above.axes] == ['G(2, 5)', 'G(5, 5)', 'G(3, 8)']
-    assert [ax.lines[-1].get_ydata()[0] for ax in above.axes] == pytest.approx([50, 20, 100 / 3])
+    assert [ax.get_title('left') for ax in above.axes] == [
+        'G(2, 5), 1/d = 50 %', 'G(5, 5), 1/d = 20 %', 'G(3, 8), 1/d = 33 %']
+    dashed = [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == '--'] for ax in above.axes]
+    assert dashed == [[50], [20], [pytest.approx(100 / 3)]]
     # The two seeds with as many answers are averaged, and the run with fewer is a point of the curve alone.
     assert [patch.get_height() for patch in above.axes[0].patches] == pytest.approx([50, 50, 90])
     assert [label.get_text() for label in above.axes[0].get_xticklabels()] == ['reference', 'REINFORCE', 'Q♯']
     step, value, answers = below.axes
-    assert step.get_title().startswith('G(2, 5)') and value.lines[0].get_ydata().tolist() == [0.69, 0.05]
+    assert step.get_title('left').startswith('G(2, 5)') and value.lines[0].get_ydata().tolist() == [0.69, 0.05]
     curves = {container.get_label(): container.lines[0] for container in answers.containers}
     assert curves['Q♯'].get_xdata().tolist() == [10, 100] and answers.get_xscale() == 'log'
     # Of a sweep, the rate that was chosen.

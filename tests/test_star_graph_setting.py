@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from qsharp_jax import config as config_lib
-from qsharp_jax import experiment, export, sharding, train
+from qsharp_jax import experiment, export, sharding, star_graph_records, train
 from qsharp_jax.data import builders, star_graph_files
 from qsharp_jax.data.star_graph import StarGraphConfig
 from qsharp_jax.data.star_graph_text import parse_question, right_path
+from qsharp_jax.metrics import read_rows
 from qsharp_jax.models import pretrained, transformer
 from qsharp_jax.models.pretrained import export as writing
 from qsharp_jax.models.transformer import TransformerConfig
+from qsharp_jax.report import star_graph_figure
 from tests import small_tokenizers, tiny
 
 CONTENT = json.loads(small_tokenizers.trained('gpt2'))
@@ -173,9 +175,17 @@ def test_a_task_without_texts_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.whole
 def test_the_papers_run_in_small(tmp_path: Path) -> None:
-    folder = published(tmp_path / 'gpt2')
-    train.run(config_of(tmp_path / 'data', folder), tmp_path / 'run')
-    made = {path.name: path for path in export.run(tmp_path / 'run', tmp_path / 'out')}
+    folder, workdir = published(tmp_path / 'gpt2'), tmp_path / 'run'
+    report = train.run(config_of(tmp_path / 'data', folder, **{
+        'baselines.methods': 'dpo', 'baselines.value_on_pairs': True}), workdir)
+    rows = read_rows(workdir / 'results.jsonl')
+    assert {row['method'] for row in rows} == {'reference', 'qsharp', 'qsharp_pairs', 'dpo'}
+    assert report is not None and 'DPO' in report.read_text() and 'Q♯ on pairs' in report.read_text()
+    # The network beside is fitted to the pairs, of which half are right, and not to the roll-outs.
+    labels = [np.load(path) for path in sorted((workdir / 'pairs/dataset/labels').rglob('*.npy'))]
+    assert labels and all((one.reshape(-1, 2) == [1, 0]).all() for one in labels)
+    star_graph_figure.draw([star_graph_records.read(workdir)])
+    made = {path.name: path for path in export.run(workdir, tmp_path / 'out')}
     assert made.keys() == {'reference', 'value', 'policy_dpo'}
     assert pretrained.open_checkpoint(made['policy_dpo']).config == pretrained.open_checkpoint(folder).config
     assert (made['policy_dpo'] / 'tokenizer.json').exists()

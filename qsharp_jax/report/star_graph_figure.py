@@ -113,12 +113,10 @@ def _accuracy(ax: Axes, runs: Sequence[Run]) -> None:
                     horizontalalignment='center', fontsize=8)
     degree, length = runs[0].graph
     ax.axhline(100 / degree, color=plots.INK, linestyle='--', linewidth=1)
-    ax.annotate('1/d', (len(shown) - 0.4, 100 / degree), xytext=(0, 2), textcoords='offset points', fontsize=8,
-                horizontalalignment='right')
     ax.set_xticks(range(len(shown)), [tables.METHODS[method] for method in shown], rotation=40,
                   horizontalalignment='right', fontsize=8)
     ax.grid(axis='x', visible=False)
-    ax.set(title=f'G({degree}, {length})', ylim=(0, 108))
+    ax.set(title=f'G({degree}, {length}), 1/d = {100 / degree:.0f} %', ylim=(0, 108))
     if ax.get_subplotspec().is_first_col():  # type: ignore[union-attr]
         ax.set_ylabel('whole path right, %')
 
@@ -134,8 +132,8 @@ def _steps(ax: Axes, runs: Sequence[Run]) -> None:
                     linewidth=1.2, elinewidth=1, label=tables.METHODS[method])
     degree, length = runs[0].graph
     ax.axhline(100 / degree, color=plots.INK, linestyle='--', linewidth=1)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(title=f'G({degree}, {length}): each step, if those before are right', xlabel='step of the path',
+    ax.set_xticks(range(1, length))
+    ax.set(xlim=(0.7, length - 0.7), title=f'G({degree}, {length}): each step, if those before are right', xlabel='step of the path',
            ylabel='step right, %', ylim=(0, 104))
     if rows:
         ax.legend(fontsize=7, ncols=2, loc='lower right')
@@ -150,7 +148,7 @@ def _values(ax: Axes, runs: Sequence[Run]) -> None:
     ax.axhline(math.log(2), color=plots.INK, linestyle='--', linewidth=1)
     ax.annotate('ln 2: nothing is known', (0, math.log(2)), xytext=(0, 3), textcoords='offset points', fontsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(title='Value network, held-out graphs', xlabel='token of the answer; 0 is the centre, 1 the first step',
+    ax.set(title='Value network, held-out graphs', xlabel='token of the answer, from 0',
            ylabel='loss, nats', ylim=(0, 0.8))
 
 
