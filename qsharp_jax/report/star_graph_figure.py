@@ -133,8 +133,8 @@ def _steps(ax: Axes, runs: Sequence[Run]) -> None:
     degree, length = runs[0].graph
     ax.axhline(100 / degree, color=plots.INK, linestyle='--', linewidth=1)
     ax.set_xticks(range(1, length))
-    ax.set(xlim=(0.7, length - 0.7), title=f'G({degree}, {length}): each step, if those before are right', xlabel='step of the path',
-           ylabel='step right, %', ylim=(0, 104))
+    ax.set(xlim=(0.7, length - 0.7), ylim=(0, 104), xlabel='step of the path', ylabel='step right, %',
+           title=f'G({degree}, {length}): each step, if those before are right')
     if rows:
         ax.legend(fontsize=7, ncols=2, loc='lower right')
 
