@@ -169,6 +169,7 @@ def _paper(config: ml_collections.ConfigDict) -> None:
     config.baselines.methods = ('reinforce', 'reinforce_greedy', 'grpo', 'dpo', 'rpo')
     config.baselines.value_on_pairs = True
     config.baselines.answers = 2_000_000  # 10 passes
+    config.baselines.accumulate = 4  # the logits of GPT-2's vocabulary take most memory
     config.eval.methods = ('cd', 'fudge', 'qsharp')
     config.eval.batch_rows = 512
     config.eval.block_examples = 2000

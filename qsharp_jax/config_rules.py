@@ -100,6 +100,7 @@ _AT_LEAST: dict[str, int] = {
     'baselines.answers': 0,
     'baselines.pair_tries': 1,
     'baselines.batch_size': 1,
+    'baselines.accumulate': 1,
     'baselines.weight_decay': 0,
     'baselines.clip_norm': 0,
     'baselines.curve_examples': 0,
@@ -205,8 +206,11 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     if keys['fit.frozen_layers'] and keys['value.scan_layers']:
         yield (f"config.fit.frozen_layers is {keys['fit.frozen_layers']}, and config.value.scan_layers is True: "
                'stacked layers are trained together or not at all. Set one of them to its default.')
+    if keys['baselines.accumulate'] > 0 and keys['baselines.batch_size'] % keys['baselines.accumulate']:
+        yield (f"config.baselines.accumulate is {keys['baselines.accumulate']}; it must divide batch_size, which is "
+               f"{keys['baselines.batch_size']}.")
     round_ = keys['baselines.batch_size'] * keys['baselines.grpo.batches']
-    if round_ % keys['baselines.grpo.samples']:
+    if keys['baselines.grpo.samples'] > 0 and round_ % keys['baselines.grpo.samples']:
         yield (f"config.baselines.grpo.samples is {keys['baselines.grpo.samples']}; it must divide the answers of a "
                f'round, batch_size * grpo.batches, which are {round_}.')
     several = [method for method in (name.removesuffix('_greedy') for name in keys['baselines.methods'])

@@ -129,8 +129,9 @@ def train(experiment: Experiment, method: str, learning_rate: float) -> Trained:
 def make_update(experiment: Experiment, method: str, optimizer: OptimizerConfig,
                 state: learner.LearnerState) -> jax.stages.Wrapped:
     """Returns the jitted update of a method in this run; see `policies.make_update`."""
-    settings = {**experiment.config.baselines[policies.METHODS[method].section]}
-    return policies.make_update(method, settings, log_probs_fn(experiment), optimizer, state)
+    baselines = experiment.config.baselines
+    return policies.make_update(method, {**baselines[policies.METHODS[method].section]}, log_probs_fn(experiment),
+                                optimizer, state, baselines.accumulate)
 
 
 def log_probs_fn(experiment: Experiment, temperature: float | None = None) -> policies.LogProbsFn:

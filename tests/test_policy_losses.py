@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qsharp_jax import learner, optimizers
 from qsharp_jax.baselines import losses, policies
 from qsharp_jax.models import networks, transformer
 from tests import tabular
@@ -251,3 +252,29 @@ def test_padding_and_prompts_have_no_loss(name: str) -> None:
 
     moved = np.abs(np.asarray(jax.grad(loss)(table))).max(-1) > 0
     np.testing.assert_array_equal(moved, batch.weights.reshape(len(moved), -1)[:, 1:] > 0)
+
+
+@pytest.mark.parametrize('name', list(policies.METHODS))
+def test_parts_of_a_batch_change_nothing(name: str) -> None:
+    random = np.random.default_rng(0)
+    pairs = policies.METHODS[name].pairs
+    prompts = [[1, 2], [3], [4, 5], [6]]
+    batch = policies.lay_out(prompts, [([7], [2, 3])[:1 + pairs]] * 4, 5)
+    batch = dataclasses.replace(batch, advantages=np.array([1, -1, 2, 0.5], np.float32))
+    settings = {'clip': 0.2, 'kl': 0.1, 'beta': 0.1, 'nll_weight': 1.0}
+    table, other = ({'w': jnp.asarray(random.normal(size=(8, 8)), jnp.float32)} for _ in range(2))
+    optimizer = optimizers.OptimizerConfig(learning_rate=0.1)
+
+    def log_probs(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(params['w'][tokens[:, :-1]], axis=-1)
+
+    found = []
+    for accumulate in (1, 2, 4):
+        state = learner.init(table, optimizer)
+        update = policies.make_update(name, settings, log_probs, optimizer, state, accumulate)
+        state, metrics = update(state, other, batch)
+        found.append((state.params['w'], metrics['loss'], metrics['grad_norm']))
+    assert float(jnp.abs(found[0][0] - table['w']).max()) > 0.05
+    for one in found[1:]:
+        for a, b in zip(one, found[0]):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)

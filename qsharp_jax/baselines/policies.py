@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 import dataclasses
+from typing import Any
 
 from flax import struct
 import jax
@@ -157,7 +158,7 @@ def loss_of(name: str, settings: dict[str, float], log_probs_fn: LogProbsFn, par
 
 
 def make_update(name: str, settings: dict[str, float], log_probs_fn: LogProbsFn, config: OptimizerConfig,
-                state: learner.LearnerState) -> jax.stages.Wrapped:
+                state: learner.LearnerState, accumulate: int = 1) -> jax.stages.Wrapped:
     """Returns one jitted update, (state, reference params, batch) -> (state, metrics), which consumes the state.
 
     Args:
@@ -166,18 +167,30 @@ def make_update(name: str, settings: dict[str, float], log_probs_fn: LogProbsFn,
       log_probs_fn: of the policy and π_ref alike.
       config: of the optimizer.
       state: from `learner.init`; read for where its arrays live.
+      accumulate: parts of as many answers or pairs that a batch is worked through in, to save memory. Metrics are means
+        over parts, and the loss is the batch's but for rounding.
     """
     optimizer, rate = optimizers.make(config), optimizers.learning_rate(config)
 
     def update(state: learner.LearnerState, reference_params: Params,
                batch: Batch) -> tuple[learner.LearnerState, Metrics]:
-        def loss_fn(params: Params) -> tuple[Array, Metrics]:
-            return loss_of(name, settings, log_probs_fn, params, reference_params, batch)
+        def loss_fn(params: Params, part: Batch) -> tuple[Array, Metrics]:
+            return loss_of(name, settings, log_probs_fn, params, reference_params, part)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        if accumulate == 1:
+            (loss, metrics), grads = grad_fn(state.params, batch)
+        else:
+            def add(total: Any, part: Batch) -> tuple[Any, None]:
+                return jax.tree.map(lambda a, b: a + b / accumulate, total, grad_fn(state.params, part)), None
+
+            parts = learner.micro_batches(batch, accumulate)
+            shapes = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda leaf: leaf[0], parts))
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, parts)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics |= {'loss': loss, 'grad_norm': optax.tree.norm(grads),
-                    'learning_rate': jnp.asarray(rate(state.step), jnp.float32)}
+        metrics = {**metrics, 'loss': loss, 'grad_norm': optax.tree.norm(grads),
+                   'learning_rate': jnp.asarray(rate(state.step), jnp.float32)}
         return learner.LearnerState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
