@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+import numpy as np
 
 from qsharp_jax.report import plots, tables
 
@@ -68,7 +69,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     graphs = sorted({run.graph for run in runs}, key=lambda graph: (graph[1], graph[0]))
     with plots.style():
         figure = Figure(figsize=(13.5, 8.2))
-        above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
+        above, below = np.ravel(figure.subfigures(2, 1, squeeze=False))
         for graph, ax in zip(graphs, above.subplots(1, len(graphs), sharey=True, squeeze=False)[0]):
             _accuracy(ax, _fullest([run for run in runs if run.graph == graph]))
         first = [run for run in runs if run.graph == graphs[0]]
