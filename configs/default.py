@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.collect = collect()
     config.reward_options = reward_options()
     config.fit = fit()
+    config.baselines = baselines()
     config.eval = evaluation()
     config.mesh = mesh()
     config.checkpoint = checkpoint()
@@ -65,6 +66,10 @@ def task() -> ml_collections.ConfigDict:
     config.star_graph.validation_examples = 1000
     config.star_graph.test_examples = 20_000
     config.star_graph.seed = 42  # of the graphs
+    # Files of the published generator, a graph with its path a line, read in place of generating: all three or none.
+    config.star_graph.pretrain_file = ''
+    config.star_graph.train_file = ''  # its last graphs are the validation split
+    config.star_graph.test_file = ''
 
     # Sets of questions (docs/data.md). Splits are 'train', 'validation' and 'test', and share no question.
     config.gsm8k = questions()
@@ -114,8 +119,9 @@ def reference() -> ml_collections.ConfigDict:
     config.transformer.rope_base = 10_000.0  # base of the rotary wavelengths
     config.transformer.tied_embeddings = True  # output weights are the input embeddings
 
-    # Next-token training of a model from scratch.
+    # Next-token training on the texts of a task.
     config.pretrain = ml_collections.ConfigDict()
+    config.pretrain.start = ''  # a checkpoint that it starts from, written as `source`; '': `transformer`, from scratch
     config.pretrain.loss = 'target'  # 'target': answer tokens only | 'all': prompt tokens too
     # Share of the corpus's paths that follow an arm drawn at random. With none, the last node is always the goal and
     # the model copies it from the prompt, so that its wrong paths are no arms of the graph.
@@ -127,7 +133,8 @@ def reference() -> ml_collections.ConfigDict:
     config.pretrain.weight_decay = 0.1
     config.pretrain.clip_norm = 1.0  # of the whole gradient; 0: no clipping
     config.pretrain.warmup_steps = 230
-    config.pretrain.schedule = 'cosine'  # after the warm-up: 'constant' | 'cosine' (down to 0)
+    config.pretrain.schedule = 'cosine'  # after the warm-up: 'constant' | 'cosine'
+    config.pretrain.end_share = 0.0  # share of the learning rate that 'cosine' ends at
     return config
 
 
@@ -225,7 +232,8 @@ def fit() -> ml_collections.ConfigDict:
     config.weight_decay = 0.01
     config.clip_norm = 5.0  # of the whole gradient; 0: no clipping
     config.warmup_steps = 0  # gradient steps from 0 to learning_rate
-    config.schedule = 'constant'  # after the warm-up: 'constant' | 'cosine' (down to 0)
+    config.schedule = 'constant'  # after the warm-up: 'constant' | 'cosine'
+    config.end_share = 0.0  # share of the learning rate that 'cosine' ends at
     config.frozen_layers = 0  # leading trunk layers (and the embeddings) that are not trained
     config.accumulate = 1  # parts that a batch is computed in, to save memory; changes no result
     config.tokens = 'all'  # that carry loss: 'all' from the cut on | 'single' (the token at the cut)
@@ -233,6 +241,57 @@ def fit() -> ml_collections.ConfigDict:
     config.heldout_fraction = 0.05  # of the prompts kept from training, to measure loss and calibration
     config.skip_corrupt = False  # True: leave out damaged shards of D with a warning, instead of stopping
     config.checkpoint_every_steps = 500  # gradient steps
+    return config
+
+
+def baselines() -> ml_collections.ConfigDict:
+    """Methods beside Q#, trained in the same run, from the same reference and on the same prompts, after Q# is.
+
+    None of it changes Q#, so that they may be added to a finished run.
+    """
+    config = ml_collections.ConfigDict()
+    # Policies that are trained themselves: any of 'reinforce' (its own sampled answers), 'reinforce_greedy' (its most
+    # probable ones, as the official star-graph code), 'grpo', 'dpo', 'rpo'.
+    config.methods = ()
+    # True: a value network is fitted, by `fit`, to the pairs of right and wrong answers that 'dpo' learns from, as in
+    # the official star-graph code.
+    config.value_on_pairs = False
+    # Answers graded in training each of 'reinforce', 'reinforce_greedy' and 'grpo'; 0: as many as Q# collects.
+    config.answers = 0
+    config.right = 'answer'  # of a pair, the right one: 'answer', the task's own text | 'sampled' from the reference
+    config.pair_tries = 1000  # answers drawn for a pair at most; a prompt without both kinds among them has none
+    config.epochs = 10.0  # passes of 'dpo' and 'rpo' over the pairs
+    config.batch_size = 256  # answers, or pairs, a gradient step
+    config.accumulate = 1  # parts that a batch is computed in, to save memory; changes no result
+    config.optimizer = 'adamw'  # 'adamw' | 'muon'
+    config.weight_decay = 0.1
+    config.clip_norm = 1.0  # of the whole gradient; 0: no clipping
+    config.warmup_share = 0.1  # of the gradient steps
+    config.schedule = 'cosine'  # after the warm-up: 'constant' | 'cosine'
+    config.end_share = 0.1  # share of the learning rate that 'cosine' ends at
+    config.remat = False  # True: recompute activations in the backward pass, to save memory
+    # Prompts of eval.select_split that are answered whenever the number of rounds has doubled, for the curve of
+    # accuracy against answers; 0: none.
+    config.curve_examples = 500
+
+    # Of each method, learning rates that are tried; the best on eval.select_split is evaluated.
+    config.reinforce = ml_collections.ConfigDict()
+    config.reinforce.learning_rates = (1e-5,)
+    config.grpo = ml_collections.ConfigDict()
+    config.grpo.learning_rates = (1e-5,)
+    config.grpo.samples = 8  # answers a prompt; divides the answers of a round
+    config.grpo.batches = 4  # gradient steps whose answers are drawn together: a round
+    config.grpo.passes = 1  # over the answers of a round
+    config.grpo.clip = 0.2  # ratio of probabilities, new to old, less 1, beyond which a token has no gradient
+    config.grpo.kl = 0.1  # KL coefficient, in units of advantage a nat
+    config.grpo.scaled = True  # divide advantages by the standard deviation of the prompt's rewards
+    config.dpo = ml_collections.ConfigDict()
+    config.dpo.learning_rates = (1e-4,)
+    config.dpo.beta = 0.1  # KL coefficient; it multiplies log policy / reference
+    config.rpo = ml_collections.ConfigDict()
+    config.rpo.learning_rates = (1e-4,)
+    config.rpo.beta = 0.1  # as above
+    config.rpo.nll_weight = 1.0  # of the negative log-likelihood of the right answers
     return config
 
 

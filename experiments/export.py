@@ -1,4 +1,4 @@
-"""Writes the networks of a run as Hugging Face folders: OUT/reference and OUT/value.
+"""Writes the networks of a run as Hugging Face folders: OUT/reference, OUT/value and OUT/policy_<method>.
 
   python experiments/export.py --workdir=runs/mine --out=exported
 """

@@ -29,9 +29,8 @@ Overrides = Sequence[tuple[str, str]]  # of ('collect.samples', '4')
 _ROOT = Path(__file__).resolve().parents[1]
 
 # Changing these extends a run or observes it; changing any other makes it another run.
-_MAY_CHANGE = ('eta', 'eval.*', 'logging.*', 'checkpoint.*', 'mesh.*', 'fit.checkpoint_every_steps',
-               'fit.skip_corrupt',
-               'reward_options.workers', 'task.data_dir', 'task.*.folder', 'task.math.test_folder')
+_MAY_CHANGE = ('eta', 'eval.*', 'baselines.*', 'logging.*', 'checkpoint.*', 'mesh.*', 'fit.checkpoint_every_steps',
+               'fit.skip_corrupt', 'reward_options.workers', 'task.data_dir', 'task.*.folder', 'task.math.test_folder')
 
 
 def load(spec: str, overrides: Overrides = ()) -> ml_collections.ConfigDict:
@@ -207,7 +206,7 @@ def _set(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
 def _restored(value: Any, old: Any) -> Any:
     """A value read from JSON, in the type of the key's default: infinities were written as texts."""
     if isinstance(old, tuple):
-        return tuple(_restored(item, old[0]) for item in value)
+        return tuple(_restored(item, old[0] if old else item) for item in value)
     return float(value) if isinstance(old, float) else value
 
 

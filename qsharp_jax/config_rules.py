@@ -29,6 +29,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     'reward_options.on_error': ('stop', 'abstain'),
     'fit.optimizer': ('adamw', 'muon'),
     'fit.schedule': ('constant', 'cosine'),
+    'baselines.right': ('answer', 'sampled'),
+    'baselines.optimizer': ('adamw', 'muon'),
+    'baselines.schedule': ('constant', 'cosine'),
     'fit.tokens': ('all', 'single'),
     'fit.init': ('base', 'previous'),
     'eval.split': ('train', 'validation', 'test'),
@@ -39,13 +42,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
 _ITEM_CHOICES: dict[str, tuple[str, ...]] = {
     'task.arithmetic.operations': ('+', '-', '*', 'max', 'min'),
     'eval.methods': ('qsharp', 'cd', 'fudge', 'vas'),
+    'baselines.methods': ('reinforce', 'reinforce_greedy', 'grpo', 'dpo', 'rpo'),
 }
 
 _QUESTIONS = 'gsm8k', 'math', 'quality', 'jsonl'  # tasks of one section
 
 _ABOVE_ZERO = (
     'reference.transformer.rope_base', 'reference.pretrain.learning_rate', 'value.sigma',
-    'reward_options.timeout_seconds', 'fit.epochs', 'fit.learning_rate', 'fit.head_lr_multiplier',
+    'reward_options.timeout_seconds', 'baselines.epochs', 'baselines.grpo.clip', 'baselines.dpo.beta',
+    'baselines.rpo.beta', 'fit.epochs', 'fit.learning_rate', 'fit.head_lr_multiplier',
     'logging.progress_seconds',
 )
 
@@ -94,6 +99,18 @@ _AT_LEAST: dict[str, int] = {
     'fit.frozen_layers': 0,
     'fit.accumulate': 1,
     'fit.checkpoint_every_steps': 1,
+    'baselines.answers': 0,
+    'baselines.pair_tries': 1,
+    'baselines.batch_size': 1,
+    'baselines.accumulate': 1,
+    'baselines.weight_decay': 0,
+    'baselines.clip_norm': 0,
+    'baselines.curve_examples': 0,
+    'baselines.grpo.samples': 2,
+    'baselines.grpo.batches': 1,
+    'baselines.grpo.passes': 1,
+    'baselines.grpo.kl': 0,
+    'baselines.rpo.nll_weight': 0,
     'eval.examples': 0,
     'eval.select_examples': 0,
     'eval.samples': 1,
@@ -145,12 +162,19 @@ def _single(keys: Mapping[str, Any]) -> Iterator[str]:
             yield f'config.{key} is {keys[key]:g}; it must be {least} or more.'
     if not 0 < keys['sampling.top_p'] <= 1:
         yield f'config.sampling.top_p is {keys["sampling.top_p"]:g}; it must be above 0 and at most 1 (1 keeps all).'
-    for key in ('task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share'):
+    for key in ('task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share', 'fit.end_share',
+                'reference.pretrain.end_share', 'baselines.end_share'):
         if not 0 <= keys[key] <= 1:
             yield f'config.{key} is {keys[key]:g}; it is a share, 0 to 1.'
-    for key in ('fit.heldout_fraction', *(f'task.{task}.validation_share' for task in _QUESTIONS)):
+    for key in ('fit.heldout_fraction', 'baselines.warmup_share',
+                *(f'task.{task}.validation_share' for task in _QUESTIONS)):
         if not 0 <= keys[key] < 1:
             yield f'config.{key} is {keys[key]:g}; it must be at least 0 and below 1.'
+    for method in ('reinforce', 'grpo', 'dpo', 'rpo'):
+        rates = keys[f'baselines.{method}.learning_rates']
+        if not rates or not all(0 < rate < math.inf for rate in rates):
+            yield (f'config.baselines.{method}.learning_rates is {rates}; it needs at least one rate, and every one '
+                   'must be above 0.')
     if '{question}' not in keys['task.template']:
         yield f"config.task.template is {keys['task.template']!r}; it must have '{{question}}' where the question goes."
     for key in ('reward', 'reference.source', 'task.data_dir', 'task.arithmetic.operations', 'eval.methods'):
@@ -184,6 +208,18 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     if keys['fit.frozen_layers'] and keys['value.scan_layers']:
         yield (f"config.fit.frozen_layers is {keys['fit.frozen_layers']}, and config.value.scan_layers is True: "
                'stacked layers are trained together or not at all. Set one of them to its default.')
+    if keys['baselines.accumulate'] > 0 and keys['baselines.batch_size'] % keys['baselines.accumulate']:
+        yield (f"config.baselines.accumulate is {keys['baselines.accumulate']}; it must divide batch_size, which is "
+               f"{keys['baselines.batch_size']}.")
+    round_ = keys['baselines.batch_size'] * keys['baselines.grpo.batches']
+    if keys['baselines.grpo.samples'] > 0 and round_ % keys['baselines.grpo.samples']:
+        yield (f"config.baselines.grpo.samples is {keys['baselines.grpo.samples']}; it must divide the answers of a "
+               f'round, batch_size * grpo.batches, which are {round_}.')
+    several = [method for method in (name.removesuffix('_greedy') for name in keys['baselines.methods'])
+               if len(keys[f'baselines.{method}.learning_rates']) > 1]
+    if several and not keys['eval.select_split']:
+        yield (f'config.baselines.{several[0]}.learning_rates has several rates, and config.eval.select_split, which '
+               "the best is chosen on, is '': name a split, or give one rate.")
     if keys['eval.maj_k'] > keys['eval.samples']:
         yield (f'config.eval.maj_k is {keys["eval.maj_k"]}; a vote needs that many answers, and config.eval.samples is '
                f'{keys["eval.samples"]}.')

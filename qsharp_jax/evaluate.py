@@ -19,6 +19,7 @@ import numpy as np
 
 from qsharp_jax import decoding, estimators, ledger, progress, rewards
 from qsharp_jax import units as units_lib
+from qsharp_jax.categorical import METHODS
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.experiment import Experiment, grade
 from qsharp_jax.metrics import replace_text
@@ -26,6 +27,7 @@ from qsharp_jax.queue import Drawn, Queue
 from qsharp_jax.types import Params
 
 Row = dict[str, Any]
+Divergence = Callable[[Prompts, Drawn], np.ndarray]  # KL of each answer, nats  # [N]
 
 _FORMAT = 3  # of the blocks' rows
 
@@ -35,21 +37,23 @@ class Evaluated:
     """A policy to evaluate.
 
     Attributes:
-      method: 'reference' or one of `categorical.METHODS`.
-      iteration: of the value network; 0 for the reference.
-      eta: KL coefficient; inf for the reference.
+      method: 'reference', one of `categorical.METHODS`, or one of those that train the policy itself.
+      iteration: of the value network; 0 where none guides.
+      eta: KL coefficient; inf where nothing guides.
       temperature: of the sampler; 0 is greedy.
+      network: names the weights of a policy that was trained itself; '' for others.
     """
 
     method: str
     iteration: int
     eta: float
     temperature: float
+    network: str = ''
 
     @property
     def guided(self) -> bool:
         """Whether a value network is needed."""
-        return self.method != 'reference'
+        return self.method in METHODS
 
     @property
     def key(self) -> Row:
@@ -59,7 +63,7 @@ class Evaluated:
 
 def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int] | np.ndarray,
                policies: Sequence[Evaluated], value_params: Params, split: str, samples: int, batch_rows: int,
-               block_examples: int) -> list[Row]:
+               block_examples: int, divergence: Divergence | None = None) -> list[Row]:
     """Returns one graded row per (example, sample, policy), reading finished blocks back instead of redoing them.
 
     Args:
@@ -67,19 +71,21 @@ def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int] | 
       prompts: of the split.
       which: row numbers of `prompts` to answer.
       policies: of one method, so that they decode together.
-      value_params: of the value network; None for the reference.
+      value_params: of the value network; None where none guides.
       split: name, for files and messages.
       samples: answers per example and policy.
       batch_rows: answers decoded at once.
       block_examples: examples per block.
+      divergence: the KL of each answer to the real reference, where `experiment` has a trained policy in its place.
     """
     method, iteration = policies[0].method, policies[0].iteration
-    if any((p.method, p.iteration) != (method, iteration) for p in policies):
-        raise ValueError('policies that decode together must share one method and iteration.')
+    if any((p.method, p.iteration, p.network) != (method, iteration, policies[0].network) for p in policies):
+        raise ValueError('policies that decode together must share one method, iteration and network.')
     name = f'{method}_{iteration}' if iteration else method
     # The directory names everything the rows depend on, so a changed evaluation never reads another's blocks.
     identity = json.dumps([_FORMAT, [p.key for p in policies], samples, batch_rows, block_examples,
-                           [int(i) for i in which], experiment.value_digest(iteration)], default=str)
+                           [int(i) for i in which], policies[0].network or experiment.value_digest(iteration)],
+                          default=str)
     directory = experiment.workdir / 'samples' / split / f'{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}'
     directory.mkdir(parents=True, exist_ok=True)
     how = experiment.guidance(method) if policies[0].guided else decoding.Guidance()
@@ -100,7 +106,7 @@ def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int] | 
                     decoding.Answering(experiment.config.sampling.max_new_tokens), prompts, batch_rows,
                     experiment.config.seed)
                 done = _answer(experiment, prompts, policies, split, queue, chosen, samples,
-                               lambda count, occupancy: bar.update(count, occupancy=occupancy))
+                               lambda count, occupancy: bar.update(count, occupancy=occupancy), divergence)
                 done.sort(key=lambda row: (row['policy'], row['id'], row['sample']))
                 _write(path, done)
             rows += done
@@ -149,13 +155,15 @@ def _number(value: float) -> float | None:
 
 
 def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluated], split: str, queue: Queue,
-            which: Sequence[int] | np.ndarray, samples: int, ended: Callable[[int, float], None]) -> list[Row]:
+            which: Sequence[int] | np.ndarray, samples: int, ended: Callable[[int, float], None],
+            divergence: Divergence | None) -> list[Row]:
     """Returns the graded rows of one block."""
     began = time.perf_counter()
     drawn = queue.draw(
         which, samples, experiment.policies([p.eta for p in policies], [p.temperature for p in policies]), ended)
     units, read = drawn.units, drawn.read
     work = _work(experiment, prompts, policies[0].guided, drawn)
+    kl = read.kl if divergence is None else divergence(prompts, drawn)
     answers = [tokens[:count] for tokens, count in zip(read.tokens, read.count)]
     texts = [experiment.answer_text(answer) for answer in answers]
     earned = grade(experiment, prompts, units.index, texts)
@@ -169,7 +177,7 @@ def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluat
             'answer_tokens': experiment.tokenizer.pieces(answer),
             'values': [_number(v) for v in read.values[i, :read.count[i]]],
             'reward': _number(earned[i]), 'reward_digest': experiment.reward.digest,
-            'kl': float(read.kl[i]), 'truncated': not read.ended[i], 'seconds': seconds,
+            'kl': float(kl[i]), 'truncated': not read.ended[i], 'seconds': seconds,
             'occupancy': drawn.occupancy, **{name: float(amounts[i]) for name, amounts in work._asdict().items()},
         })
     _vote(experiment, rows)

@@ -285,6 +285,8 @@ def _check_rows(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         sharding.check_divisible(rows, mesh, name)
     if config.reference.source == 'pretrain':
         sharding.check_divisible(config.reference.pretrain.batch_size, mesh, 'reference.pretrain.batch_size')
+    if config.baselines.methods:
+        sharding.check_divisible(config.baselines.batch_size, mesh, 'baselines.batch_size')
 
 
 def _check_warmup(config: ml_collections.ConfigDict, examples: int) -> None:

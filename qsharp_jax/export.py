@@ -1,10 +1,10 @@
-"""A run's networks as Hugging Face folders: the reference, and the value network as a trunk with a head beside it."""
+"""A run's networks as Hugging Face folders: reference, trained policies, and the value network with its head."""
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from qsharp_jax import checkpoint
+from qsharp_jax import baseline_runs, checkpoint
 from qsharp_jax import config as config_lib
 from qsharp_jax import experiment, sharding, train
 from qsharp_jax.data.tokenizers import BPETokenizer
@@ -15,7 +15,7 @@ from qsharp_jax.types import Params
 
 
 def run(workdir: Path, out: Path, iteration: int = 0) -> list[Path]:
-    """Writes `out`/reference and, if a fit is finished, `out`/value, and returns the folders.
+    """Writes `out`/reference and, if they are finished, `out`/value and `out`/policy_<method>, and returns the folders.
 
     Each is whole for itself: config.json, weights, and the tokenizer of a published model. A run whose reference was
     pre-trained here has a closed vocabulary, which is written to vocabulary.json. Of several processes all call it, and
@@ -41,11 +41,15 @@ def run(workdir: Path, out: Path, iteration: int = 0) -> list[Path]:
     if values is not None:
         export.family_of(trunk)
     keys = {'bos_token_id': parts.tokenizer.bos_id, 'eos_token_id': sorted(parts.tokenizer.eos_ids)}
+    trained = baseline_runs.chosen_policies(parts)
     made = [out / 'reference']
     export.write_model(made[0], parts.reference_config, parts.reference_params, keys=keys)
     if values is not None:
         made.append(out / 'value')
         export.write_value(made[1], trunk, values, _about_value(parts), keys)
+    for method, params in trained.items():
+        made.append(out / f'policy_{method}')
+        export.write_model(made[-1], parts.reference_config, params, keys=keys)
     for folder in made:
         _write_tokenizer(folder, parts.tokenizer, keys)
     sharding.wait_for_all('export.end')

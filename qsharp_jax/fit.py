@@ -100,7 +100,7 @@ def optimizer_config(fit: Any, steps: int) -> OptimizerConfig:
     """Returns the optimizer of the config's section `fit` for a fit of `steps` steps."""
     return OptimizerConfig(
         learning_rate=fit.learning_rate, weight_decay=fit.weight_decay, clip_norm=fit.clip_norm or math.inf,
-        schedule=fit.schedule, warmup_steps=fit.warmup_steps, total_steps=steps,
+        schedule=fit.schedule, end_share=fit.end_share, warmup_steps=fit.warmup_steps, total_steps=steps,
         head_lr_multiplier=fit.head_lr_multiplier, frozen_layers=fit.frozen_layers, optimizer=fit.optimizer)
 
 

@@ -78,6 +78,14 @@ def report(parts: Experiment, topology: Topology) -> Iterator[str]:
         work.append(('fit step', fitted.program.run(), fitted, fitted.memory.outputs))
     except TooLarge as error:
         yield _refused(name, error)
+    for method in parts.config.baselines.methods:
+        name = f'{method}, {parts.config.baselines.batch_size} answers or pairs'
+        try:
+            fitted = programs.compile_(lambda: programs.policy_update(parts, method, sizes))
+            yield _row(name, fitted, 0)
+            work.append((f'{method} step', fitted.program.run(), fitted, fitted.memory.outputs))
+        except TooLarge as error:
+            yield _refused(name, error)
     yield (f'\n{"work of a device":<{_NAME}}     TFLOP  of it again  GB it must move  GB it moves  GB by XLA\'s count  '
            'at least')
     for name, run, compiled, new in work:

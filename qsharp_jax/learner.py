@@ -114,7 +114,7 @@ def make_update(
             zero = jnp.zeros((), jnp.float32)
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
             (grads, sums), _ = jax.lax.scan(
-                add, (zeros, (zero, zero)), _micro_batches(batch, accumulate))
+                add, (zeros, (zero, zero)), micro_batches(batch, accumulate))
         loss, accuracy = sums
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = optimizers.merge(optax.apply_updates(trained, updates), frozen)
@@ -252,7 +252,11 @@ def _right(distribution: ReturnDistribution, scores: Array, batch: FitBatch) -> 
     return jnp.where(binary, right, jnp.nan)
 
 
-def _micro_batches(batch: FitBatch, accumulate: int) -> FitBatch:
+def micro_batches(batch: Any, accumulate: int) -> Any:
+    """Returns the rows of a batch in `accumulate` parts, along a new leading axis, inside jit.
+
+    Raises ValueError unless it divides them.
+    """
     rows = batch.tokens.shape[0]
     if rows % accumulate:
         raise ValueError(f'a batch of {rows} rows does not split into accumulate={accumulate} micro-batches: '

@@ -24,7 +24,8 @@ class OptimizerConfig:
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
       clip_norm: gradients are scaled down to this global norm; `inf` never.
-      schedule: 'constant', or 'cosine' down to 0 at `total_steps`; either starts with a linear warm-up.
+      schedule: 'constant', or 'cosine' down to `end_share` at `total_steps`; either starts with a linear warm-up.
+      end_share: share of the learning rate that 'cosine' ends at.
       warmup_steps: updates until the learning rate is reached.
       total_steps: updates of the whole fit; only 'cosine' needs it.
       head_lr_multiplier: the learning rate of the freshly drawn head over that of the trunk.
@@ -40,6 +41,7 @@ class OptimizerConfig:
     b2: float = 0.999
     clip_norm: float = 5.0
     schedule: str = 'constant'
+    end_share: float = 0.0
     warmup_steps: int = 0
     total_steps: int = 0
     head_lr_multiplier: float = 1.0
@@ -59,6 +61,8 @@ class OptimizerConfig:
         for name, allowed in (('schedule', SCHEDULES), ('optimizer', OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} is {getattr(self, name)!r}; allowed: {", ".join(allowed)}.')
+        if not 0 <= self.end_share <= 1:
+            raise ValueError(f'end_share is {self.end_share}: it is a share, 0 to 1.')
         if self.schedule == 'cosine' and self.total_steps <= self.warmup_steps:
             raise ValueError(
                 f'the schedule cosine needs total_steps above warmup_steps; they are {self.total_steps} and '
@@ -70,7 +74,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     peak, warmup = config.learning_rate, config.warmup_steps
     after = optax.constant_schedule(peak)
     if config.schedule == 'cosine':
-        after = optax.cosine_decay_schedule(peak, config.total_steps - warmup)
+        after = optax.cosine_decay_schedule(peak, config.total_steps - warmup, config.end_share)
     # (step + 1) / warmup: an update at rate 0 would be wasted.
     return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), after], [warmup])
 

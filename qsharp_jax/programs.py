@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax import decoding, fit, hlo, learner, queue, rollout, sharding
+from qsharp_jax import decoding, fit, hlo, learner, policy_fit, queue, rollout, sharding
+from qsharp_jax.baselines import policies
 from qsharp_jax.data.packing import FitBatch
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.models import transformer
@@ -197,6 +198,27 @@ def update(parts: Experiment, sizes: Sizes) -> jax.stages.Lowered:
                      rewards=real, weights=real)
     step = learner.make_update(fit.scores_fn(parts), parts.distribution, optimizer, state, sizes.accumulate)
     return step.lower(state, batch)
+
+
+def policy_update(parts: Experiment, method: str, sizes: Sizes) -> jax.stages.Lowered:
+    """Returns one gradient step of a policy that is trained itself.
+
+    Args:
+      parts: an outline.
+      method: of `baselines.policies.METHODS`.
+      sizes: of the prompts and answers.
+    """
+    baselines, split = parts.config.baselines, sharding.batch_sharding(parts.mesh)
+    start = jax.tree.map(lambda leaf: _array(leaf.shape, jnp.float32, leaf.sharding), reference_params(parts))
+    optimizer = policy_fit.optimizer_config(baselines, baselines[policies.METHODS[method].section].learning_rates[0], 2)
+    state = learner.abstract_state(start, optimizer)
+    texts = baselines.batch_size, 2 if policies.METHODS[method].pairs else 1, sizes.width + sizes.buffer
+    batch = policies.Batch(
+        tokens=_array(texts, jnp.int32, split), weights=_array(texts, jnp.float32, split),
+        advantages=_array(texts[:1], jnp.float32, split),
+        drawn=_array((*texts[:2], texts[2] - 1), jnp.float32, split))
+    asked = reference_params(parts) if policies.METHODS[method].reference else None
+    return policy_fit.make_update(parts, method, optimizer, state).lower(state, asked, batch)
 
 
 def reference_params(parts: Experiment) -> Params:

@@ -118,11 +118,21 @@ class Queue:
         self._shared = units_lib.shared_prefix(prompts)
         self._widths = units_lib.widths(max(len(tokens) for tokens in prompts.tokens), self._shared)
         self._turnover = turnover(rows)
-        keys = jax.random.key_data(decoding.stage_keys(seed, iteration))
-        self._stages = sharding.replicate(mesh, sharding.to_host(keys))
+        self._seed = seed
+        self._stages = self._noise(iteration)
         self._pool = decoding.vacant(
             reference, how.value, reference_params, value_params, task, self._widths[-1] + task.buffer,
             sharding.shard_batch(mesh, np.zeros(rows, np.int32)))
+
+    def renew(self, reference_params: Params, iteration: int) -> None:
+        """Goes on with other parameters of the reference and other noise; nothing is compiled again.
+
+        Args:
+          reference_params: of the same shapes, on the same devices.
+          iteration: as in `__init__`.
+        """
+        self._params = reference_params, self._params[1]
+        self._stages = self._noise(iteration)
 
     def draw(self, which: Sequence[int] | np.ndarray, samples: int, policies: Policy,
              ended: Callable[[int, float], None] = lambda count, occupancy: None) -> Drawn:
@@ -157,6 +167,11 @@ class Queue:
             ended(len(rows), written / (self._rows * steps))
         return Drawn(now.units, kept, steps, written, steps * self._how.places + now.prefills, steps + now.prefills,
                      written / (self._rows * steps))
+
+    def _noise(self, iteration: int) -> Any:
+        """Returns the keys of an iteration's draws, on the devices."""
+        keys = jax.random.key_data(decoding.stage_keys(self._seed, iteration))
+        return sharding.replicate(self._mesh, sharding.to_host(keys))
 
     def _fill(self, now: _Progress) -> None:
         """Begins units in the rows that have none."""

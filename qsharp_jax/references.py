@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 import warnings
 
@@ -37,6 +38,13 @@ def outline(
     Raises:
       ValueError: the file or its package is missing or damaged, or the task has no corpus to train on.
     """
+    start = config.reference.pretrain.start
+    if config.reference.source == 'pretrain' and start:
+        pretraining.check_corpus(config)
+        shape, published = _published(start, planned)
+        # It is trained, so its parameters are kept in full whatever it computes in.
+        return dataclasses.replace(
+            shape, dtype=jnp.dtype(config.reference.dtype), param_dtype=jnp.dtype('float32')), published
     if config.reference.source == 'pretrain':
         tokenizer = pretraining.tokenizer_of(config)
         return pretraining.model_shape(config, tokenizer.vocab_size), tokenizer
@@ -74,11 +82,16 @@ def load(config: ml_collections.ConfigDict, shape: TransformerConfig, tokenizer:
     Raises:
       ValueError: the weights are missing or damaged.
     """
-    if config.reference.source == 'pretrain':
-        return pretraining.load_or_train(config, shape, tokenizer, workdir, mesh)
-    file = pretrained.open_checkpoint(config.reference.source)
-    shardings = transformer.param_shardings(shape, mesh)
-    return pretrained.load_params(file, shardings, shape.param_dtype), file.fingerprint
+    def published(source: str) -> tuple[Params, str]:
+        file = pretrained.open_checkpoint(source)
+        shardings = transformer.param_shardings(shape, mesh)
+        return pretrained.load_params(file, shardings, shape.param_dtype), file.fingerprint
+
+    if config.reference.source != 'pretrain':
+        return published(config.reference.source)
+    start = config.reference.pretrain.start
+    return pretraining.load_or_train(
+        config, shape, tokenizer, workdir, mesh, functools.partial(published, start) if start else None)
 
 
 def value_outline(

@@ -14,7 +14,7 @@ import numpy as np
 
 from qsharp_jax import estimators, evaluate, ranking
 from qsharp_jax.categorical import METHODS
-from qsharp_jax.evaluate import Evaluated, Row
+from qsharp_jax.evaluate import Divergence, Evaluated, Row
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import ResultsFile
 from qsharp_jax.types import Params
@@ -134,10 +134,29 @@ class Evaluation:
             row['score'] = float(score)
         self._results.add([self._row(evaluated, split, scored_by=iteration) for evaluated in chosen])
 
-    def _answer(self, group: Sequence[Evaluated], values: Params, split: str) -> None:
+    def run_policy(self, policy: Evaluated, parts: Experiment, divergence: Divergence, about: Row) -> None:
+        """Adds the rows of a policy that was trained itself to results.jsonl.
+
+        Args:
+          policy: what it is.
+          parts: the experiment with that policy in the place of its reference.
+          divergence: of its answers to the real reference.
+          about: more that its rows say.
+        """
+        self._results.add([{**self.measure(policy, parts, divergence, split), 'selected': True, **about}
+                           for split in self._plan.splits])
+
+    def measure(self, policy: Evaluated, parts: Experiment, divergence: Divergence, split: str) -> Row:
+        """Returns the row of such a policy on one split, and leaves results.jsonl as it is. See `run_policy`."""
+        self._answer([policy], None, split, parts, divergence)
+        return self._row(policy, split)
+
+    def _answer(self, group: Sequence[Evaluated], values: Params, split: str, parts: Experiment | None = None,
+                divergence: Divergence | None = None) -> None:
         plan = self._plan
-        # Its directories and how it is read go with a network.
-        parts = self._parts.for_cd if group[0].method in ('cd', 'vas') else self._parts
+        if parts is None:
+            # Its directories and how it is read go with a network.
+            parts = self._parts.for_cd if group[0].method in ('cd', 'vas') else self._parts
         prompts = parts.prompts(split)
         wanted = plan.examples[split]
         if wanted > len(prompts):
@@ -145,7 +164,7 @@ class Evaluation:
                              f'{len(prompts)}: lower the number, or enlarge the split.')
         evaluation = parts.config.eval
         rows = evaluate.samples_of(parts, prompts, np.arange(wanted or len(prompts)), group, values, split,
-                                   plan.samples, evaluation.batch_rows, evaluation.block_examples)
+                                   plan.samples, evaluation.batch_rows, evaluation.block_examples, divergence)
         for number, evaluated in enumerate(group):
             self._answers[split, evaluated] = [row for row in rows if row['policy'] == number]
 

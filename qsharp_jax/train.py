@@ -14,7 +14,7 @@ import time
 
 import ml_collections
 
-from qsharp_jax import checkpoint, collect
+from qsharp_jax import baseline_runs, checkpoint, collect
 from qsharp_jax import config as config_lib
 from qsharp_jax import describe, experiment, fit, fits, progress, relabel, report, sharding
 from qsharp_jax import topology as topology_lib
@@ -94,6 +94,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
     if config.eval.reward_model:
         with timed(directory, 'score answers'):
             evaluation.rank(config.iterations, values)
+    if config.baselines.value_on_pairs:
+        with timed(directory, 'value on pairs'):
+            baseline_runs.run_pairs(parts)
+    for method in config.baselines.methods:
+        with timed(directory, f'train {method}'):
+            baseline_runs.run_policy(parts, evaluation, method)
     return report.print_results(directory)
 
 

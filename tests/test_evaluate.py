@@ -132,7 +132,7 @@ def fixture_asked(monkeypatch):
     """The units that were answered, by answers that cost nothing."""
     asked = []
 
-    def answer(experiment, prompts, policies, split, queue, which, samples, ended):
+    def answer(experiment, prompts, policies, split, queue, which, samples, ended, divergence):
         rows = []
         for index, sample, policy in itertools.product(which, range(samples), range(len(policies))):
             unit = int(prompts.ids[index]), int(sample), int(policy)
@@ -231,5 +231,5 @@ def test_a_damaged_block_is_named(tmp_path, asked, experiment):
 
 def test_policies_of_two_networks_do_not_decode_together(experiment):
     policies = [Evaluated('qsharp', 1, 0.1, 1.0), Evaluated('qsharp', 2, 0.1, 1.0)]
-    with pytest.raises(ValueError, match='share one method and iteration'):
+    with pytest.raises(ValueError, match='share one method, iteration and network'):
         evaluate.samples_of(experiment, PROMPTS, np.arange(5), policies, None, 'test', 1, 4, 2)

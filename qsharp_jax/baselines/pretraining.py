@@ -1,6 +1,7 @@
-"""Next-token pre-training of a small reference from scratch, for tasks that no published model knows."""
+"""Next-token pre-training of a reference, from scratch or from a published model, on the texts of a task."""
 from __future__ import annotations
 
+from collections.abc import Callable
 import hashlib
 import json
 import math
@@ -41,47 +42,56 @@ class Sequences:
 
 def next_token_loss(config: TransformerConfig, params: Params, batch: Sequences) -> Array:
     """Returns the mean negative log-likelihood, in nats a predicted token, of the weighted tokens.  # []"""
-    inputs, targets, weights = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.weights[:, 1:]
-    rows, length = inputs.shape
-    positions = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
-    logits = networks.reference_logits(config, params, inputs, positions, transformer.causal_mask(length))
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    weights = batch.weights[:, 1:]
+    nll = optax.softmax_cross_entropy_with_integer_labels(
+        networks.text_logits(config, params, batch.tokens), batch.tokens[:, 1:])
     return jnp.sum(weights * nll) / jnp.sum(weights)
 
 
 def load_or_train(config: ml_collections.ConfigDict, shape: TransformerConfig, tokenizer: tokenizers.Tokenizer,
-                  workdir: Path, mesh: Mesh) -> tuple[Params, str]:
+                  workdir: Path, mesh: Mesh, published: Callable[[], tuple[Params, str]] | None = None,
+                  ) -> tuple[Params, str]:
     """Returns the parameters of the reference, on the mesh, and a digest of its recipe; trained unless it is on disk.
 
     Args:
       config: of the run; `reference.pretrain` says how it is trained.
-      shape: from `model_shape`.
-      tokenizer: from `tokenizer_of`.
+      shape: from `model_shape`, or of the published model that it starts from.
+      tokenizer: from `tokenizer_of`, or that model's.
       workdir: of the run; the finished reference is kept in `checkpoints/reference`, an unfinished one beside it.
       mesh: the devices.
+      published: returns that model's parameters, on the mesh, and what names them; None to start from scratch.
     """
     def init(key: Array) -> Params:
         return transformer.init_params(key, shape)
 
-    start = sharding.born_sharded(init, mesh, transformer.logical_axes(shape))(
-        jax.random.fold_in(jax.random.key(config.seed), 0x9e7))
     directory = workdir / 'checkpoints' / 'reference'
     if (directory / checkpoint.VALUE_FILE).exists():
-        params, meta = checkpoint.restore_params(directory, start)
+        target = sharding.abstract(transformer.param_shapes(shape), transformer.param_shardings(shape, mesh))
+        params, meta = checkpoint.restore_params(directory, target)
         return params, meta['digest']
+    if published is None:
+        start, origin = sharding.born_sharded(init, mesh, transformer.logical_axes(shape))(
+            jax.random.fold_in(jax.random.key(config.seed), 0x9e7)), ''
+    else:
+        start, origin = published()
     params = _train(config, shape, start, sequences(config, tokenizer, shape.max_positions), workdir, mesh)
     digest = hashlib.sha256(json.dumps(
-        [config.reference.to_dict(), config.task.to_dict(), config.seed], sort_keys=True).encode()).hexdigest()
+        [config.reference.to_dict(), config.task.to_dict(), config.seed, origin], sort_keys=True).encode()).hexdigest()
     checkpoint.save_params(directory, params, {'digest': digest})
     return params, digest
 
 
 def tokenizer_of(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
     """Returns the tokenizer of a task's own texts; ValueError for a task that has no corpus."""
+    check_corpus(config)
+    return tokenizers.from_vocabulary(*star_graph.vocabulary(config.task.star_graph.num_nodes))
+
+
+def check_corpus(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for a task that has no corpus to train on."""
     if config.task.name != 'star_graph':
         raise ValueError(f"reference.source 'pretrain' needs a task with a corpus to train on, and "
                          f'{config.task.name!r} has none: use star_graph, or name a model.')
-    return tokenizers.from_vocabulary(*star_graph.vocabulary(config.task.star_graph.num_nodes))
 
 
 def model_shape(config: ml_collections.ConfigDict, vocab_size: int) -> TransformerConfig:
@@ -115,12 +125,13 @@ def sequences(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
     at_random = rng.random(len(records)) < config.reference.pretrain.random_arm_share
     answers = [star_graph.random_path(record['question'], rng) if random else record['answer']
                for record, random in zip(records, at_random, strict=True)]
-    encoded = [(tokenizer.encode(record['question']), [*tokenizer.encode(answer), end])
+    encoded = [(tokenizer.encode_prompt(record['question']), [*tokenizer.encode(answer), end])
                for record, answer in zip(records, answers, strict=True)]
     longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
     if longest > max_positions:
         raise ValueError(f'the longest text to pre-train on has {longest} tokens, and the reference {max_positions} '
-                         'positions, which are 2 * task.max_prompt_tokens + 64: raise task.max_prompt_tokens.')
+                         'positions, which are 2 * task.max_prompt_tokens + 64 unless it starts from a published '
+                         'model: raise task.max_prompt_tokens.')
     tokens = np.zeros((len(encoded), longest), np.int32)
     weights = np.zeros((len(encoded), longest), np.float32)
     for row, (prompt, answer) in enumerate(encoded):
@@ -137,8 +148,8 @@ def _train(config: ml_collections.ConfigDict, shape: TransformerConfig, start: P
     pretrain = config.reference.pretrain
     optimizer_config = optimizers.OptimizerConfig(
         learning_rate=pretrain.learning_rate, weight_decay=pretrain.weight_decay,
-        clip_norm=pretrain.clip_norm or math.inf, schedule=pretrain.schedule, warmup_steps=pretrain.warmup_steps,
-        total_steps=pretrain.steps, optimizer=pretrain.optimizer)
+        clip_norm=pretrain.clip_norm or math.inf, schedule=pretrain.schedule, end_share=pretrain.end_share,
+        warmup_steps=pretrain.warmup_steps, total_steps=pretrain.steps, optimizer=pretrain.optimizer)
     optimizer = optimizers.make(optimizer_config)
     state = learner.init(start, optimizer_config)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from qsharp_jax.data import builders
+from qsharp_jax.data import builders, star_graph_files
 from qsharp_jax.data.star_graph_text import edges_text, parse_question, path_text, question_text
 
 # Part of all graphs that each split draws from. Fixed, so that no choice of sizes moves a graph between splits.
@@ -36,6 +36,9 @@ class StarGraphConfig(tfds.core.BuilderConfig):
       validation_examples: as above.
       test_examples: as above.
       seed: of the graphs.
+      pretrain_file: a file of the published generator that the split is read from; '' for all three: generated.
+      train_file: likewise; its last graphs are the validation split.
+      test_file: likewise.
     """
 
     name: str = ''
@@ -47,6 +50,9 @@ class StarGraphConfig(tfds.core.BuilderConfig):
     validation_examples: int = 1000
     test_examples: int = 20_000
     seed: int = 42
+    pretrain_file: str = ''
+    train_file: str = ''
+    test_file: str = ''
 
     def __post_init__(self) -> None:
         if self.degree < 1 or self.path_length < 2:
@@ -55,7 +61,17 @@ class StarGraphConfig(tfds.core.BuilderConfig):
         if self.graph_nodes > self.num_nodes:
             raise ValueError(f'num_nodes is {self.num_nodes}, but G({self.degree}, {self.path_length}) has '
                              f'{self.graph_nodes} nodes: raise num_nodes, or lower degree or path_length.')
-        self.name = builders.config_name(self, REVISION)
+        given = [bool(path) for path in self.files.values()]
+        if any(given) and not all(given):
+            raise ValueError(f'of the files {", ".join(f"{key}_file" for key in self.files)} of star_graph some are '
+                             'given and some are not: give all of them or none.')
+        contents = {key: star_graph_files.digest(path) for key, path in self.files.items() if path}
+        self.name = builders.config_name(self, REVISION, contents)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Files to read in place of generating graphs, by what they are for."""
+        return {'pretrain': self.pretrain_file, 'train': self.train_file, 'test': self.test_file}
 
     @property
     def graph_nodes(self) -> int:
@@ -86,11 +102,22 @@ class StarGraph(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager
+        config = self.builder_config
         first, generators = 0, {}
+        if config.train_file:
+            sizes = {split: config.size(split) or 0 for split in FRACTIONS}
+            for name, texts in star_graph_files.splits(config.files, sizes).items():
+                generators[name] = self._read_examples(texts, first)
+                first += len(texts)
+            return generators
         for number, (name, chosen) in enumerate(problems(self.builder_config).items()):
             generators[name] = self._generate_examples(chosen, first, number)
             first += len(chosen)
         return generators
+
+    def _read_examples(self, texts: list[star_graph_files.Text], first: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, text in enumerate(texts, start=first):
+            yield number, {'id': number, 'question': text.question, 'answer': text.answer}
 
     def _generate_examples(self, chosen: list[Star], first: int,
                            split: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -30,3 +30,15 @@ def parse_question(text: str) -> tuple[list[tuple[int, int]], int, int]:
     except ValueError as error:
         raise ValueError(f'{text!r} is no star graph; one reads a,b|c,d|…/start,goal=') from error
     return edges, start, goal
+
+
+def right_path(question: str) -> list[int]:
+    """Returns the nodes from start to goal; ValueError if the text is no question, or the goal is not reached."""
+    edges, start, goal = parse_question(question)
+    before = {after: node for node, after in edges}
+    path = [goal]
+    while path[-1] != start:
+        if path[-1] not in before or len(path) > len(edges):
+            raise ValueError(f'{question!r} has no path from {start} to {goal}')
+        path.append(before[path[-1]])
+    return path[::-1]

@@ -127,9 +127,16 @@ def value_scores(
 def reference_logits(
     config: TransformerConfig, params: Params, tokens: Array, positions: Array, mask: Array,
 ) -> Array:
-    """Returns float32 logits [B, T, V] of the token after each one, without a cache: for pre-training."""
+    """Returns float32 logits [B, T, V] of the token after each one, without a cache."""
     hidden = transformer.hidden_states(config, params, tokens, positions, mask)
     return transformer.logits(config, params, hidden)
+
+
+def text_logits(config: TransformerConfig, params: Params, tokens: Array) -> Array:
+    """Returns float32 logits of all tokens but the first of right-padded texts.  # [B, T] -> [B, T-1, V]"""
+    rows, length = tokens.shape[0], tokens.shape[1] - 1
+    positions = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
+    return reference_logits(config, params, tokens[:, :-1], positions, transformer.causal_mask(length))
 
 
 def block_mask(roots: int, parents: Array) -> Array:

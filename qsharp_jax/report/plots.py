@@ -20,16 +20,22 @@ from qsharp_jax.report.records import Run
 
 Row = Mapping[str, Any]
 
-_INK = '#30343b'
+INK = '#30343b'
 # Middle tones, so that they stand on white and on black.
 _GREY, _BLUE, _SKY, _ORANGE, _GREEN, _PURPLE = '#8a8f98', '#3273dc', '#5fb4e5', '#e08a1e', '#2a9d6f', '#9b6bd3'
+_RED, _YELLOW = '#d1495b', '#b59f1a'
+_LOOKS = {
+    'reference': (_GREY, 's'), 'cd': (_ORANGE, '^'), 'fudge': (_GREEN, 'v'), 'qsharp': (_BLUE, 'o'),
+    'vas': (_PURPLE, 'd'), 'cd_pairs': (_ORANGE, 'D'), 'fudge_pairs': (_GREEN, 'D'), 'qsharp_pairs': (_BLUE, 'D'),
+    'reinforce': (_PURPLE, 'P'), 'reinforce_greedy': (_PURPLE, 'X'), 'grpo': (_RED, '*'), 'dpo': (_SKY, 'P'),
+    'rpo': (_YELLOW, 'X')}
 _STYLE: Any = {
     'font.size': 10, 'axes.titlesize': 11, 'axes.spines.top': False, 'axes.spines.right': False,
     'axes.grid': True, 'grid.alpha': 0.18, 'grid.linewidth': 0.8, 'legend.frameon': False, 'lines.linewidth': 1.8,
     'axes.titlelocation': 'left', 'figure.constrained_layout.use': True, 'svg.fonttype': 'none',
     'svg.hashsalt': 'qsharp_jax', 'axes.facecolor': 'none', 'savefig.facecolor': 'none',
-    **{key: _INK for key in ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color',
-                             'grid.color')},
+    **{key: INK for key in ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color',
+                            'grid.color')},
 }
 
 
@@ -64,7 +70,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     with style():
         FigureCanvasSVG(figure).print_figure(buffer, metadata={'Date': None, 'Creator': None})
     svg = buffer.getvalue()
-    svg = svg[svg.index('<svg'):].replace(_INK, 'currentColor')
+    svg = svg[svg.index('<svg'):].replace(INK, 'currentColor')
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
     return re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{name}-', svg)
 
@@ -74,6 +80,11 @@ def style() -> Iterator[None]:
     """The look of the plots, for the length of a `with` block."""
     with matplotlib.rc_context(_STYLE):
         yield
+
+
+def look(method: str) -> tuple[str, str]:
+    """Colour and marker of a method."""
+    return _LOOKS[method]
 
 
 def pass1_against_kl(rows: Sequence[Row], split: str) -> Figure:
@@ -197,7 +208,6 @@ def _shades(count: int) -> list[str]:
 
 def _looks(curves: Sequence[Sequence[Row]]) -> list[tuple[str, str]]:
     """Colour and marker of each curve, by method; the last iteration of Q♯ is the strongest."""
-    fixed = {'reference': (_GREY, 's'), 'cd': (_ORANGE, '^'), 'vas': (_PURPLE, 'D'), 'fudge': (_GREEN, 'v')}
     qsharp = sum(points[0]['method'] == 'qsharp' for points in curves)
     shades = iter((([_SKY, _PURPLE] * qsharp)[:max(qsharp - 1, 0)] + [_BLUE]))
-    return [(next(shades), 'o') if points[0]['method'] == 'qsharp' else fixed[points[0]['method']] for points in curves]
+    return [(next(shades), 'o') if points[0]['method'] == 'qsharp' else look(points[0]['method']) for points in curves]

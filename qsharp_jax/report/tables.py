@@ -9,7 +9,10 @@ import numpy as np
 
 Row = Mapping[str, Any]
 
-METHODS = {'reference': 'reference', 'cd': 'CD', 'vas': 'VAS', 'fudge': 'FUDGE', 'qsharp': 'Q♯'}
+METHODS = {
+    'reference': 'reference', 'reinforce': 'REINFORCE', 'reinforce_greedy': 'REINFORCE, greedy', 'grpo': 'GRPO',
+    'dpo': 'DPO', 'rpo': 'RPO', 'cd_pairs': 'CD on pairs', 'fudge_pairs': 'FUDGE on pairs',
+    'qsharp_pairs': 'Q♯ on pairs', 'cd': 'CD', 'vas': 'VAS', 'fudge': 'FUDGE', 'qsharp': 'Q♯'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Column:
 def series(row: Row) -> str:
     """The name of the curve that a row is a point of, such as 'Q♯, iteration 2'."""
     name = METHODS[row['method']]
-    return f'{name}, iteration {row["iteration"]}' if row['iteration'] else name
+    only = row['method'].endswith('_pairs')  # of one iteration, which has no roll-outs
+    return f'{name}, iteration {row["iteration"]}' if row['iteration'] and not only else name
 
 
 def name(row: Row) -> str:
@@ -34,8 +38,8 @@ def name(row: Row) -> str:
 
 
 def has_eta(row: Row) -> bool:
-    """Whether the policy depends on eta: the reference has no value network, and FUDGE's weight is free of it."""
-    return row['method'] in ('cd', 'vas', 'qsharp')
+    """Whether the policy depends on eta: others have no value network, and FUDGE's weight is free of it."""
+    return row['method'] in ('cd', 'vas', 'qsharp', 'cd_pairs', 'qsharp_pairs')
 
 
 def of_split(rows: Sequence[Row], split: str) -> list[Row]:

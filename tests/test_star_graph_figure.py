@@ -1,0 +1,135 @@
+"""The figure of star graphs and the records it is drawn from."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qsharp_jax import star_graph_records
+from qsharp_jax.metrics import read_rows
+from qsharp_jax.report import plots, star_graph_figure
+from qsharp_jax.report.star_graph_figure import Run
+
+QUESTION = '1,2|5,3|5,1|3,4/5,4='  # the path is 5,3,4
+Row = dict[str, Any]
+
+
+def run(degree: int, length: int, seed: int = 0, answers: int = 100, **changes: Any) -> Run:
+    def row(method: str, accuracy: float, **more: Any) -> Row:
+        return {'method': method, 'pass@1': accuracy, 'pass@1_se': 0.03, 'answers': answers, **more}
+
+    return Run(**{
+        'degree': degree, 'path_length': length,
+        'results': [row('reference', 1 / degree), row('reinforce', 0.4 + seed / 10, learning_rate=0.1),
+                    row('qsharp', 0.9)],
+        'steps': [{'method': 'qsharp', 'step': 1, 'accuracy': 0.9, 'se': 0.01}],
+        'values': [{'position': 0, 'loss': 0.69}, {'position': 1, 'loss': 0.05}],
+        'curves': [row('reinforce', 0.3, learning_rate=0.1), row('reinforce', 0.1, learning_rate=0.2)],
+        'guided': [row('qsharp', 0.9)], **changes})
+
+
+def test_one_panel_a_graph_with_its_line_and_three_panels_of_the_first(tmp_path: Path) -> None:
+    figure = star_graph_figure.draw([run(5, 5), run(2, 5), run(2, 5, seed=2), run(3, 8), run(2, 5, answers=10)])
+    above, below = figure.subfigs
+    assert [ax.get_title('left') for ax in above.axes] == [
+        'G(2, 5), 1/d = 50 %', 'G(5, 5), 1/d = 20 %', 'G(3, 8), 1/d = 33 %']
+    dashed = [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == '--'] for ax in above.axes]
+    assert dashed == [[50], [20], [pytest.approx(100 / 3)]]
+    # The two seeds with as many answers are averaged, and the run with fewer is a point of the curve alone.
+    assert [patch.get_height() for patch in above.axes[0].patches] == pytest.approx([50, 50, 90])
+    assert [label.get_text() for label in above.axes[0].get_xticklabels()] == ['reference', 'REINFORCE', 'Q♯']
+    step, value, answers = below.axes
+    assert step.get_title('left').startswith('G(2, 5)') and value.lines[0].get_ydata().tolist() == [0.69, 0.05]
+    curves = {container.get_label(): container.lines[0] for container in answers.containers}
+    assert curves['Q♯'].get_xdata().tolist() == [10, 100] and answers.get_xscale() == 'log'
+    # Of a sweep, the rate that was chosen.
+    assert curves['REINFORCE'].get_ydata().tolist() == pytest.approx([30, 30])
+    plots.save({'star_graph': figure}, tmp_path)
+    assert (tmp_path / 'star_graph.png').stat().st_size > 10_000
+
+
+def test_a_run_that_has_only_begun_is_drawn() -> None:
+    star_graph_figure.draw([run(2, 5, results=[], steps=[], values=[], curves=[], guided=[])])
+    with pytest.raises(ValueError, match='no run of star graphs'):
+        star_graph_figure.draw([])
+
+
+def test_errors_of_seeds() -> None:
+    rows = [{'a': 0.4, 'e': 0.03}, {'a': 0.8, 'e': 0.04}]
+    assert star_graph_figure.mean_of(rows, 'a', 'e') == pytest.approx((0.6, 0.025))
+
+
+def test_steps_count_the_answers_that_come_to_them() -> None:
+    texts = ['5,3,4', '5,3,4', '5,1,2', '5,3,1', '3,3,4', '5,3', '']
+    assert star_graph_records.step_accuracy([(QUESTION, text) for text in texts]) == [
+        (1, pytest.approx(4 / 5), pytest.approx((0.8 * 0.2 / 5) ** 0.5)),
+        (2, pytest.approx(2 / 4), pytest.approx(0.25))]
+    assert star_graph_records.step_accuracy([(QUESTION, '1')]) == []
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    """What a run leaves behind, so far as it is read."""
+    config = {'task': {'name': 'star_graph', 'star_graph': {'degree': 2, 'path_length': 3, 'train_examples': 50}},
+              'eval': {'split': 'test'}, 'collect': {'examples': 0, 'samples': 2}, 'sampling': {'temperature': 1.0}}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+
+    def row(method: str, iteration: int, eta: float | None, **more: Any) -> Row:
+        return {'method': method, 'iteration': iteration, 'eta': eta, 'temperature': 1.0, 'split': 'test',
+                'pass@1': 0.5, 'pass@1_se': 0.1, 'selected': True, **more}
+
+    write(tmp_path / 'results.jsonl', [
+        row('reference', 0, None, selected=False), row('reference', 0, None, temperature=0.0),
+        row('reinforce', 0, None, answers=64, learning_rate=0.001), row('qsharp', 1, 0.1), row('qsharp', 2, 0.1),
+        row('qsharp', 2, 0.5, selected=False), row('qsharp_pairs', 1, 0.1, answers=75),
+        row('qsharp', 2, 0.1, split='validation')])
+
+    def sample(text: str, eta: float, temperature: float = 1.0) -> Row:
+        return {'id': 1, 'sample': 0, 'prompt': QUESTION, 'text': text, 'eta': eta, 'temperature': temperature}
+
+    write(tmp_path / 'samples/test/reference-a/block_00000.jsonl', [
+        sample('5,1,2', float('inf')), sample('5,3,4', float('inf'), 0.0)])
+    write(tmp_path / 'samples/test/reinforce_greedy-a/block_00000.jsonl', [sample('5,3,4', float('inf'))])
+    write(tmp_path / 'samples/test/reinforce-a/block_00000.jsonl', [sample('5,1,2', float('inf'))])
+    write(tmp_path / 'samples/test/qsharp_2-a/block_00000.jsonl', [sample('5,3,1', 0.1), sample('1', 0.5)])
+    write(tmp_path / 'pairs/samples/test/qsharp_1-a/block_00000.jsonl', [sample('5,3,4', 0.1)])
+    for iteration in (1, 2, 10):
+        path = tmp_path / 'calibration' / f'iteration_{iteration}.json'
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({'by_position': [{'position': 0, 'loss': iteration / 10}]}))
+    write(tmp_path / 'metrics.jsonl', [
+        {'stage': 'fit_1', 'step': 1, 'loss': 0.1}, {'stage': 'reinforce_0.001', 'step': 1, 'loss': 0.1},
+        {'stage': 'reinforce_0.001', 'step': 1, 'pass@1': 0.5, 'pass@1_se': 0.1, 'answers': 32}])
+    return tmp_path
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def test_a_work_directory_is_read(workdir: Path) -> None:
+    found = star_graph_records.read(workdir)
+    assert found.graph == (2, 3)
+    assert {row['method']: (row['iteration'], row['temperature'], row['answers']) for row in found.results} == {
+        'reference': (0, 1.0, 0), 'reinforce': (0, 1.0, 64), 'qsharp': (2, 1.0, 200), 'qsharp_pairs': (1, 1.0, 75)}
+    assert [(row['answers'], row['eta']) for row in found.guided] == [(100, 0.1), (200, 0.1)]
+    steps = {(row['method'], row['step']): row['accuracy'] for row in found.steps}
+    assert steps == {('reference', 1): 0, ('reinforce', 1): 0, ('qsharp', 1): 1, ('qsharp', 2): 0,
+                     ('qsharp_pairs', 1): 1, ('qsharp_pairs', 2): 1}
+    assert found.values == [{'position': 0, 'loss': 1.0}]
+    curve, = found.curves
+    assert (curve['method'], curve['learning_rate'], curve['answers']) == ('reinforce', 0.001, 32)
+    star_graph_figure.draw([found])
+
+
+def test_runs_of_other_tasks_are_refused(workdir: Path) -> None:
+    path = workdir / 'config.json'
+    path.write_text(path.read_text().replace('"name": "star_graph"', '"name": "math"'))
+    with pytest.raises(ValueError, match="a run of the task 'math'"):
+        star_graph_records.read(workdir)
+    with pytest.raises(ValueError, match='holds no run'):
+        star_graph_records.read(workdir / 'samples')
+    assert read_rows(workdir / 'metrics.jsonl')
