@@ -330,8 +330,8 @@ def _law(reference: Reference, how: decoding.Guidance, params: Params, values: P
     logits, cache = reference.step(params, state.pending, state.length, state.reference_cache)
     state, scored = dataclasses.replace(state, reference_cache=cache), None
     if how.value is not None:
-        nothing = jnp.zeros((len(logits), 0), jnp.int32)
-        scored, state = score_candidates(how, values, state, policy, logits[:, None], nothing, state.active[:, None])
+        scored, state = score_candidates(
+            how, values, state, policy, logits[:, None], state.pending[:, None], state.active[:, None])
     return law(how, policy, state.count, logits, scored), state
 
 

@@ -185,8 +185,8 @@ def drawn_with_a_nudge(row: int, before: np.ndarray, token: int) -> bool:
                            jnp.array([1]), 1)
     logits, _ = REAL[0].step(params[0], state.pending, state.length, state.reference_cache)
     how = decoding.Guidance(REAL[1], BERNOULLI, candidates=5)
-    nothing = jnp.zeros((1, 0), jnp.int32)
-    scored, _ = score_candidates(how, params[1], state, policy, logits[:, None], nothing, state.active[:, None])
+    scored, _ = score_candidates(
+        how, params[1], state, policy, logits[:, None], state.pending[:, None], state.active[:, None])
     log_probs = law(how, policy, jnp.array([len(before)]), logits, scored)
     noise = jax.vmap(jax.random.fold_in)(key, jnp.array([len(before)]))
     return int(guidance.sample(noise, log_probs.at[:, token].add(1e-3))[0]) == token

@@ -76,7 +76,7 @@ class _Ahead:
     @property
     def drafted(self) -> Array:
         """How many drafted tokens may be reached.  # [B] int32"""
-        return jnp.sum(self.there[:, 1:], axis=1, dtype=jnp.int32)
+        return jnp.sum(self.there, axis=1, dtype=jnp.int32) - self.there[:, 0]
 
     def spread(self, rows: Array) -> Array:
         """# [B, ...] -> [N, ...]: of a row for each of its places"""
@@ -94,7 +94,7 @@ def spread(rows: Array, places: int) -> Array:
 
 
 def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: Policy, logits: Array,
-                     drafted: Array, there: Array) -> tuple[Scored, DecodeState]:
+                     tokens: Array, there: Array) -> tuple[Scored, DecodeState]:
     """Returns the log-weights of every token that the guided laws need, and the state with what was computed for them.
 
     In the paper's order these are the `candidates` most probable tokens under the reference; in the other order they
@@ -108,8 +108,8 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
       params: of the value network.
       state: before this token. The returned one counts the drafted tokens to what is in the value cache.
       policy: of each row.
-      logits: of the reference, behind the pending token and behind each drafted one.  # [B, M, V]
-      drafted: tokens that may come to follow the pending one.  # [B, M - 1] int32
+      logits: of the reference, behind each of `tokens`.  # [B, M, V]
+      tokens: the pending one, and those that may come to follow it.  # [B, M] int32
       there: whether a row can get to each place; no place behind one that it cannot.  # [B, M] bool
     """
     value, distribution = how.value, how.distribution
@@ -117,7 +117,7 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
     batch, places, vocab = logits.shape
     logits, count = logits.reshape(-1, vocab), min(how.candidates, vocab)
     rows = jnp.arange(batch * places)[:, None]
-    ahead = _Ahead(jnp.concatenate([state.pending[:, None], drafted], axis=1), there)
+    ahead = _Ahead(tokens, there)
     each: Policy = jax.tree.map(ahead.spread, policy)
     guided = ahead.there.reshape(-1) & jnp.isfinite(each.eta)
     # A network that scores all next tokens at once has nothing to spare but whole passes.
@@ -245,8 +245,7 @@ def _next_block(how: Guidance, ahead: _Ahead, ids: Array, wanted: Array, width: 
     """
     assert how.value is not None
     again = 0 if how.value.scores_root else 1
-    roots = ahead.tokens[:, 1 - again:]
-    roots = jnp.pad(roots, ((0, 0), (0, width - roots.shape[1])))
+    roots = jnp.pad(ahead.tokens, ((0, 0), (0, width)))[:, 1 - again:][:, :width]
     needed = jnp.any(ahead.together(wanted), axis=1)
     known = jnp.where(needed, again + ahead.drafted, 0)
     return _block(ahead, roots, known, jnp.full_like(known, again - 1), ids, wanted)

@@ -53,21 +53,20 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
       state: before this token.
     """
     places = how.places
-    logits, drafted, cache = _read(reference, reference_params, policy, state, places)
+    logits, tokens, cache = _read(reference, reference_params, policy, state, places)
     ahead = jnp.arange(places)[None]
-    # Nothing follows an end, or the limit.
-    open_ended = jnp.cumsum(is_eos(drafted, eos_ids), axis=1) == 0
-    there = state.active[:, None] & (state.count[:, None] + ahead < state.limit[:, None])
-    there &= jnp.concatenate([jnp.ones_like(there[:, :1]), open_ended], axis=1)
+    # Nothing follows a drafted end, or the limit.
+    ends = jnp.cumsum(is_eos(tokens, eos_ids) & (ahead > 0), axis=1)
+    there = state.active[:, None] & (state.count[:, None] + ahead < state.limit[:, None]) & (ends == 0)
     scored = None
     if how.value is not None:
-        scored, state = score_candidates(how, value_params, state, policy, logits, drafted, there)
+        scored, state = score_candidates(how, value_params, state, policy, logits, tokens, there)
     flat, count = logits.reshape(-1, logits.shape[-1]), (state.count[:, None] + ahead).reshape(-1)
     each, keys = jax.tree.map(functools.partial(spread, places=places), (policy, state.keys))
     token, mean, weight, kl = (part.reshape(-1, places) for part in sharding.map_rows(
         functools.partial(_draw, how), (each, keys, count, flat, scored), 8 * flat.nbytes, _LAWS, spread=True))
     # The draw of a place counts where all drafted tokens before it are what was drawn.
-    agreed = jnp.concatenate([there[:, :1], (token[:, :-1] == drafted) & there[:, 1:]], axis=1)
+    agreed = there & ((ahead == 0) | (jnp.roll(token, 1, axis=1) == tokens))
     state = _append(dataclasses.replace(state, reference_cache=cache), token, jnp.cumprod(agreed, axis=1).astype(bool),
                     mean, weight, kl, eos_ids, guided=how.value is not None)
     # Where the networks want it: spread as the law was, their tokens would have their products worked out piecemeal.
@@ -76,7 +75,7 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
 
 def _read(reference: Reference, params: Params, policy: Policy, state: DecodeState,
           places: int) -> tuple[Array, Array, Cache]:
-    """Returns logits [B, M, V] behind the pending token and those that the reference lets follow it [B, M - 1]."""
+    """Returns the pending token and those that the reference lets follow it [B, M], and its logits behind each."""
     token, length = sharding.constrain_rows((state.pending, state.length), like=policy.eta)
 
     def one(token: Array, place: Array | int, cache: Cache) -> tuple[Array, Cache]:
@@ -86,16 +85,17 @@ def _read(reference: Reference, params: Params, policy: Policy, state: DecodeSta
 
     if places == 1:
         logits, cache = one(token, 0, state.reference_cache)
-        return logits[:, None], jnp.zeros((len(token), 0), jnp.int32), cache
+        return logits[:, None], token[:, None], cache
 
     def draft(carry: tuple[Array, Cache], place: Array) -> tuple[tuple[Array, Cache], tuple[Array, Array]]:
-        logits, cache = one(carry[0], place, carry[1])
+        token, cache = carry
+        logits, cache = one(token, place, cache)
         noise = jax.vmap(jax.random.fold_in)(state.keys, state.count + place)
         following = guidance.sample(noise, guidance.sampler_log_probs(logits, policy))
-        return (sharding.constrain_rows(following, like=policy.eta), cache), (logits, following)
+        return (sharding.constrain_rows(following, like=policy.eta), cache), (logits, token)
 
     (_, cache), (logits, tokens) = jax.lax.scan(draft, (token, state.reference_cache), jnp.arange(places))
-    return logits.swapaxes(0, 1), tokens.T[:, :-1], cache
+    return logits.swapaxes(0, 1), tokens.T, cache
 
 
 def _draw(how: Guidance, policy: Policy, keys: Array, count: Array, logits: Array,
