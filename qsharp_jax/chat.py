@@ -265,7 +265,7 @@ def _exported(path: Path, tokenizer: BPETokenizer, mesh: Mesh) -> Guide:
     distribution = categorical.make(about['head'], about['atoms'][0], about['atoms'][-1], len(about['atoms']))
     value_config = value_lib.ValueConfig(
         num_scores=about['num_scores'], kind=about['type'], init='reference', head_bias='bias' in stored)
-    network = networks.value(file.config, value_config)
+    network = networks.value(file.config, value_config, references.spares(mesh))
     axes = value_lib.logical_axes(value_config, file.config)
     base = transformer.param_shapes(file.config)
     shapes = jax.eval_shape(

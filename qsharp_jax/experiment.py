@@ -166,8 +166,8 @@ class Experiment:
         distribution = categorical.make('mse', self.distribution.v_min, self.distribution.v_max)
         value_config = dataclasses.replace(self.value_config, num_scores=distribution.num_scores)
         return dataclasses.replace(
-            self, value_config=value_config, value=networks.value(self.value_shape, value_config),
-            distribution=distribution, role='cd')
+            self, value_config=value_config, distribution=distribution, role='cd',
+            value=networks.value(self.value_shape, value_config, references.spares(self.mesh)))
 
     def value_dir(self, iteration: int) -> Path:
         """Where the finished value network of an iteration is."""
@@ -238,7 +238,7 @@ def outline(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh | None 
         config=config, workdir=workdir, mesh=mesh, tokenizer=tokenizer, reference_config=shape,
         reference_params=None, reference_digest='', reference=reference,
         value_config=value_config, value_shape=value_shape, tokenizer_differences=differences, value_base_digest='',
-        value=networks.value(value_shape, value_config), distribution=distribution,
+        value=networks.value(value_shape, value_config, references.spares(mesh)), distribution=distribution,
         reward=rewards.load(config.reward), eos_ids=eos_ids)
 
 

@@ -68,6 +68,11 @@ def scans(choice: str, mesh: Mesh) -> bool:
     return choice == 'yes' or choice == 'auto' and SCANS.get(mesh.devices.flat[0].platform, False)
 
 
+def spares(mesh: Mesh) -> bool:
+    """Returns whether value passes are worth to be over real tokens alone: where arithmetic binds, not memory."""
+    return bool(mesh.devices.flat[0].platform == 'cpu')
+
+
 def load(config: ml_collections.ConfigDict, shape: TransformerConfig, tokenizer: tokenizers.Tokenizer, workdir: Path,
          mesh: Mesh) -> tuple[Params, str]:
     """Returns the parameters of the reference, on the mesh, and a digest that names them.

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax.models import cache as cache_lib
-from qsharp_jax.models import ragged, transformer
+from qsharp_jax.models import ragged as ragged_lib
+from qsharp_jax.models import transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.ragged import Ragged
 from qsharp_jax.models.transformer import KVCache, TransformerConfig
@@ -51,8 +52,14 @@ def reference(config: TransformerConfig, vocab_size: int | None = None, holes: C
         step=step)
 
 
-def value(config: TransformerConfig, value_config: ValueConfig) -> Value:
-    """Returns the value model of this shape; `config` is that of the base it was started from."""
+def value(config: TransformerConfig, value_config: ValueConfig, ragged: bool = True) -> Value:
+    """Returns the value model of this shape.
+
+    Args:
+      config: of the base that it was started from.
+      value_config: of the value model.
+      ragged: whether a pass is over the real tokens of its block alone. Layers that are scanned read whole blocks.
+    """
     trunk = value_lib.trunk_config(value_config, config)
     q_type = value_config.kind == 'q'
 
@@ -88,12 +95,12 @@ def value(config: TransformerConfig, value_config: ValueConfig) -> Value:
                 trunk, params['trunk'], cache, length, tokens, positions, mask, commit=roots, layout=layout)
             return head(hidden), hidden, new
 
-        scores, hidden, new = ragged.by_budget(run, real, like=length)
+        scores, hidden, new = ragged_lib.by_budget(run, real, like=length) if ragged else run(None)
         return scores, cache_lib.write_all(cache, new, length, hidden)
 
     return Value(
         init_cache=functools.partial(transformer.init_cache, trunk), prefill=prefill, score=score,
-        scores_root=not q_type, ragged=not trunk.scan_layers)
+        scores_root=not q_type, ragged=ragged and not trunk.scan_layers)
 
 
 def value_scores(
