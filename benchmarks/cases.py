@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+from benchmarks import growth as growth_lib
 from benchmarks import measure
 from benchmarks.measure import Contender, Reply, Worker
 from benchmarks.workload import Guide, UNGUIDED
@@ -42,6 +43,7 @@ class Sides:
       data: folder of GSM8K.
       wanted: whether a row, by its name, is measured at all.
       full: also measure what takes long.
+      named: whether what is measured was named, and so wanted however long it takes.
       questions: what the prompts are from.
     """
 
@@ -49,6 +51,7 @@ class Sides:
     data: Path
     wanted: Callable[[str], bool]
     full: bool
+    named: bool = False
     questions: str = ''
 
     def __post_init__(self) -> None:
@@ -266,9 +269,15 @@ def ledger(sides: Sides) -> Iterator[Row]:
     yield {'name': name, 'policies': [row for row in read_rows(workdir / 'results.jsonl') if row['split'] == 'test']}
 
 
+def growth(sides: Sides) -> Iterator[Row]:
+    """How time grows with context, rows, data and layers; where it is asked for by name, or everything is."""
+    names = [f'growth/{cause}' for cause in ('context', 'batch', 'data', 'layers')]
+    yield from growth_lib.rows(sides.ours, {name: sides.wanted(name) and (sides.full or sides.named) for name in names})
+
+
 CASES: Mapping[str, Callable[[Sides], Iterator[Row]]] = {
     'decode': decode, 'speculation': speculation, 'peer': peer, 'collect': collect, 'fit': fit, 'startup': startup,
-    'ledger': ledger}
+    'ledger': ledger, 'growth': growth}
 
 
 def pick(names: Sequence[str]) -> Callable[[str], bool]:

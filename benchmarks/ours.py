@@ -35,6 +35,7 @@ _SPREAD = 0.5
 _SEED = 0
 _PROMPTS = 64  # of each length
 _PAIRS = 8000  # solved questions that prompts are made of, at most
+_SHARD, _BATCHES = 4096, 20  # answers a shard, and batches that are timed, where D grows
 _FITTED = 256  # of them, those that samples to fit are made of
 
 Networks = tuple[Reference, decoding.Guidance, Params, Params]  # the value network within the guidance, parameters
@@ -205,6 +206,27 @@ class Side:
         # Tokens of prompts are seen by others, tokens of answers have an example: padding is neither.
         real = [(one.examples >= 0) | (one.ends > 1 + jnp.arange(one.ends.shape[1])[None]) for one in batches]
         return {'computed': sum(one.tokens.size for one in batches), 'real': sum(int(one.sum()) for one in real)}
+
+    def data(self, answers: int) -> dict[str, float]:
+        """Times the opening and laying out of a D of so many answers of 32 tokens, and then of batches of 32 of them.
+
+        Eight answers to each prompt, which has 32 tokens too.
+        """
+        folder, rng = self._folder / f'data_{answers}', np.random.default_rng(_SEED)
+        writer, text = DatasetWriter(folder), rng.integers(20, 1000, (_SHARD, 64)).astype(np.int32)
+        for block, first in enumerate(range(0, answers, _SHARD)):
+            units = range(first, min(first + _SHARD, answers))
+            writer.write_shard(1, block, [
+                Rollout(1, unit // 8, unit % 8, text[unit // 8 % _SHARD, :32], text[unit % _SHARD, 32:], unit % 32,
+                        ended=True, truncated=False) for unit in units], {})
+            writer.write_labels(1, block, 'growth', np.asarray([unit % 2 for unit in units], np.float64))
+        began = time.perf_counter()
+        laid = FitBatches(AggregatedDataset(folder, 'growth', 1), 32, 1, _SEED)
+        opened = time.perf_counter()
+        for step in range(_BATCHES):
+            laid.batch(step)
+        return {'open_seconds': opened - began, 'batch_seconds': (time.perf_counter() - opened) / _BATCHES,
+                'batch_answers': 32}
 
     def fit(self, samples: str) -> dict[str, float]:
         """Times one pass over those samples; `tokens` are those with a loss."""

@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f'--only names {unknown}; the cases are {", ".join(cases.CASES)}.')
     out = Path(_OUT.value)
     with tempfile.TemporaryDirectory() as folder:
-        sides = cases.Sides(Path(folder), workload.data_folder(_DATA.value), cases.pick(_ONLY.value), _FULL.value)
+        sides = cases.Sides(Path(folder), workload.data_folder(_DATA.value), cases.pick(_ONLY.value), _FULL.value,
+                            bool(_ONLY.value))
         try:
             for name, case in cases.CASES.items():
                 if _ONLY.value and name not in {asked.split('/')[0] for asked in _ONLY.value}:

@@ -8,7 +8,7 @@ from pathlib import Path
 import re
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import growth, measure
 from qsharp_jax.report import tables as report
 
 Row = Mapping[str, Any]
@@ -38,6 +38,8 @@ def read(path: Path) -> list[Row]:
 
 def sentence(row: Row) -> str:
     """Returns a row in one line, for the terminal."""
+    if 'series' in row:
+        return growth.sentence(row)
     if 'rates' not in row:
         return f'{len(row["policies"])} policies'
     if 'seconds' in row:
@@ -56,7 +58,10 @@ def sentence(row: Row) -> str:
 def rewrite(document: Path, results: Path) -> None:
     """Puts the table of each case between its markers, <!-- case --> and <!-- /case -->."""
     text = document.read_text(encoding='utf-8')
-    document.write_text(filled(text, {path.stem: read(path) for path in results.glob('*.json')}), encoding='utf-8')
+    found = {path.stem: read(path) for path in results.glob('*.json')}
+    document.write_text(filled(text, found), encoding='utf-8')
+    if 'growth' in found:
+        growth.draw(found['growth'], str(document.parent / 'figures' / 'growth.png'))
 
 
 def filled(text: str, rows: Mapping[str, Sequence[Row]]) -> str:
@@ -185,7 +190,8 @@ def ledger_table(rows: Sequence[Row]) -> str:
 
 TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
     'decode': decode_table, 'speculation': speculation_table, 'peer': peer_table, 'collect': collect_table,
-    'fit': fit_table, 'startup': startup_table, 'ledger': ledger_table}
+    'fit': fit_table, 'startup': startup_table, 'ledger': ledger_table,
+    'growth': growth.table}
 
 
 def _sides(rows: Sequence[Row]) -> list[str]:
