@@ -109,6 +109,7 @@ def test_guided_by_the_network_of_a_run_and_by_its_export(
             answers(folders, *arguments)
 
 
+@pytest.mark.slow
 def test_answers_end_where_those_of_the_run_do(
         folders: tuple[Path, Path], tmp_path: Path, workdir: Path) -> None:
     own, alone = test_pairs.OVERRIDES['eta'], float('inf')

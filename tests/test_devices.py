@@ -192,12 +192,14 @@ def drawn_with_a_nudge(row: int, before: np.ndarray, token: int) -> bool:
     return int(guidance.sample(noise, log_probs.at[:, token].add(1e-3))[0]) == token
 
 
+@pytest.mark.slow
 def test_the_nudge_tells_a_near_tie_from_any_other_token() -> None:
     one = decoded('one', 'real')
     others = [drawn_with_a_nudge(1, one.tokens[1, :2], token) for token in range(VOCAB)]
     assert others.index(True) == one.tokens[1, 2] and sum(others) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_a_whole_run_is_the_same_job_on_any_mesh(tmp_path: Path) -> None:
     """Trained a little and resumed on another mesh: the same units, the same curves but for rounding."""

@@ -75,6 +75,7 @@ def test_another_reward_grades_the_rollouts_of_every_iteration_and_draws_none(
     train.run(config, workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_later_iterations_are_drawn_and_one_alone_says_nothing_of_coverage(
         first: Path, data: Path, reward: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,6 +173,7 @@ def test_a_task_without_texts_is_refused(tmp_path: Path) -> None:
         experiment.outline(config, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_the_papers_run_in_small(tmp_path: Path) -> None:
     folder, workdir = published(tmp_path / 'gpt2'), tmp_path / 'run'
