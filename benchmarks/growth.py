@@ -67,7 +67,7 @@ def _compilation(ours: Worker, layers: int) -> float:
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
     """Returns the points of each row in Markdown."""
-    texts = []
+    texts = ['![time against its causes](figures/growth.png)\n']
     for row in found:
         labels = list(row['series'])
         lines = [f'| {row["cause"]} | ' + ' | '.join(f'{label}, {row["effect"]}' for label in labels) + ' |',

@@ -2,9 +2,11 @@
 
   python experiments/tables.py --workdir=runs/mine
   python experiments/tables.py --table=1 --out=tables runs/gsm8k runs/math
+  python experiments/tables.py --figure=star_graph --out=tables runs/star_graph
 
 The first prints the results of a run as Markdown, and writes its tables, plots and report.html anew. The second prints
-the table, and writes it as Markdown, LaTeX, PNG and SVG; --table=fig3 is the figure of pass@1 against KL.
+the table, and writes it as Markdown, LaTeX, PNG and SVG; --table=fig3 is the figure of pass@1 against KL. The third
+draws every method of runs on star graphs, as PNG and SVG.
 """
 from __future__ import annotations
 
@@ -12,22 +14,29 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from qsharp_jax import cli, report
-from qsharp_jax.report import publish
+from qsharp_jax import cli, report, star_graph_records
+from qsharp_jax.report import plots, publish, star_graph_figure
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('--workdir', type=Path, help='directory of the run, without --table')
+    parser.add_argument('--workdir', type=Path, help='directory of the run, by itself')
     parser.add_argument('--table', choices=publish.NAMES, help='of the paper')
-    parser.add_argument('--out', type=Path, default=Path('tables'), help='directory of what --table writes')
-    parser.add_argument('workdirs', type=Path, nargs='*', help='directories of runs, with --table')
+    parser.add_argument('--figure', choices=('star_graph',), help='of the paper, section 3')
+    parser.add_argument('--out', type=Path, default=Path('tables'), help='directory of what is written of several runs')
+    parser.add_argument('workdirs', type=Path, nargs='*', help='directories of runs, with --table or --figure')
     args = parser.parse_args(argv)
-    if (args.table is None) == (args.workdir is None) or args.workdirs and args.table is None:
-        parser.error('give --workdir=WORKDIR, or --table=NUMBER and work directories')
-    if args.table is None:
+    if sum(given is not None for given in (args.table, args.figure, args.workdir)) != 1 or (
+            args.workdirs and args.workdir is not None):
+        parser.error('give --workdir=WORKDIR, or --table=NUMBER or --figure=star_graph and work directories')
+    if args.workdir is not None:
         report.print_results(args.workdir, markdown=True)
+    elif args.figure is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        plots.save({args.figure: star_graph_figure.draw([star_graph_records.read(one) for one in args.workdirs])},
+                   args.out)
+        print(f'Files: {args.out}')
     else:
         print(publish.write(args.table, args.workdirs, args.out))
         print(f'Files: {args.out}')

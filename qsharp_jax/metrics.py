@@ -127,10 +127,15 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
 
 
 def replace_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file in one step: a reader, or a run that is killed, sees the old or the new one whole."""
+    """Writes a text file as `replace_bytes` does."""
+    replace_bytes(path, text.encode('utf-8'))
+
+
+def replace_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file in one step: a reader, or a run that is killed, sees the old or the new one whole."""
     temporary = Path(f'{path}.tmp')
-    with open(temporary, 'w', encoding='utf-8') as file:
-        file.write(text)
+    with open(temporary, 'wb') as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -3,8 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import hashlib
-import os
-from pathlib import Path
+import io
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from qsharp_jax.data.dataset import common_prefix, Rollout
 from qsharp_jax.data.packing import FitBatches
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.experiment import Experiment
+from qsharp_jax.metrics import replace_bytes
 from qsharp_jax.types import Params
 
 Row = dict[str, Any]
@@ -80,15 +80,8 @@ def end_values(experiment: Experiment, iteration: int, params: Params, prompts: 
             last = np.asarray(batch.weights) > 0
             found[np.asarray(batch.examples)[last]] = mean[last]
             bar.update(int(last.sum()))
-    _save(path, found)
-    return found
-
-
-def _save(path: Path, array: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, found)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix('.tmp')
-    with open(temporary, 'wb') as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_bytes(path, content.getvalue())
+    return found

@@ -14,6 +14,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 os.environ['XLA_FLAGS'] = ' '.join(_flags).strip()
 
 from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -26,6 +27,20 @@ def programs_are_let_go() -> Iterator[None]:
     """Compiled programs of a module go with it: each maps memory, of which Linux allows a process 65,530 pieces."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope='module')
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs of a module that asks for it see one device, and share what they compile."""
+    from tests import tiny  # here, so that no project module is imported before the settings above
+    with tiny.devices(1), tiny.compiled_once(tmp_path_factory.mktemp('compiled')):
+        yield
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of a module keep their task's data, which is made once."""
+    return tmp_path_factory.mktemp('data')
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,6 @@
 """Policies and pairs beside Q#: what they learn from, that they learn, stop and go on, and what is left behind."""
 from __future__ import annotations
 
-from collections.abc import Iterator
 import json
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,7 @@ SETTINGS = {
     **{f'baselines__{method}__learning_rates': '0.03' for method in ('reinforce', 'grpo', 'dpo', 'rpo')}}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny.devices(1), tiny.compiled_once(tmp_path_factory.mktemp('compiled')):
-        yield
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp('data')
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 def loaded(data: Path, workdir: Path, **changes: Any) -> Experiment:

@@ -183,9 +183,9 @@ def test_advantages_by_hand() -> None:
 def test_dpo_and_rpo_by_hand() -> None:
     zero = jnp.zeros(2)
     assert float(losses.dpo(zero, zero, zero, zero, 0.1)) == pytest.approx(math.log(2))
-    chosen, rejected = jnp.asarray([-1.0, -4.0]), jnp.asarray([-3.0, -2.0])
+    chosen, rejected = jnp.asarray([-1.0, -4.0]), jnp.asarray([-3.0, -1.0])
     reference = jnp.asarray([-2.0, -3.0]), jnp.asarray([-2.0, -2.5])
-    margins = np.array([(-1 + 2) - (-3 + 2), (-4 + 3) - (-2 + 2.5)])
+    margins = np.array([(-1 + 2) - (-3 + 2), (-4 + 3) - (-1 + 2.5)])
     expected = np.mean(np.log1p(np.exp(-0.5 * margins)))
     assert float(losses.dpo(chosen, rejected, *reference, 0.5)) == pytest.approx(expected, rel=1e-6)
     assert float(losses.rpo(chosen, rejected, *reference, 0.5, 2.0)) == pytest.approx(expected + 2 * 2.5, rel=1e-6)

@@ -1,7 +1,6 @@
 """Pre-training: its loss against a loop, its order of texts, and that it learns, resumes and refuses."""
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,7 @@ SHAPE = transformer.TransformerConfig(
     vocab_size=7, width=8, layers=1, heads=2, kv_heads=2, head_dim=4, mlp_width=16, max_positions=16)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny.devices(1), tiny.compiled_once(tmp_path_factory.mktemp('compiled')):
-        yield
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp('data')
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 def trained(data: Path, workdir: Path, **changes: Any) -> tuple[Any, str]:

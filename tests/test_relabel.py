@@ -1,7 +1,6 @@
 """The roll-outs of a run under another reward: the same tokens, other labels, nothing decoded."""
 from __future__ import annotations
 
-from collections.abc import Iterator
 import json
 from pathlib import Path
 
@@ -16,15 +15,7 @@ from tests import tiny
 LONG = 'def long(completions):\n    return [min(len(text), 8) / 8 for text in completions]\n'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny.devices(1), tiny.compiled_once(tmp_path_factory.mktemp('compiled')):
-        yield
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp('data')
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 @pytest.fixture(scope='module')

@@ -1,7 +1,6 @@
 """Runs of a table, planned, shared and resumed; and what such a run says of scores, of CD and of another policy."""
 from __future__ import annotations
 
-from collections.abc import Iterator
 import functools
 import itertools
 import json
@@ -28,15 +27,7 @@ KEYS = {'eval__cd_network': 'own', 'eval__methods': 'cd,qsharp', 'eval__samples'
 TOLD_BY_JOBS = 'iterations', 'fit.tokens', 'value.type', 'value.head', 'eval.methods', 'eval.reward_model'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny.devices(1), tiny.compiled_once(tmp_path_factory.mktemp('compiled')):
-        yield
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp('data')
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 @pytest.fixture(scope='module')

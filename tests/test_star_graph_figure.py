@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from experiments import tables as entry
 from qsharp_jax import star_graph_records
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.report import plots, star_graph_figure
@@ -122,7 +123,17 @@ def test_a_work_directory_is_read(workdir: Path) -> None:
     assert found.values == [{'position': 0, 'loss': 1.0}]
     curve, = found.curves
     assert (curve['method'], curve['learning_rate'], curve['answers']) == ('reinforce', 0.001, 32)
-    star_graph_figure.draw([found])
+
+
+def test_the_entry_point_draws_work_directories(
+        workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / 'out'
+    entry.main(['--figure=star_graph', f'--out={out}', str(workdir)])
+    assert sorted(path.name for path in out.iterdir()) == ['star_graph.png', 'star_graph.svg']
+    assert str(out) in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        entry.main(['--figure=star_graph', f'--workdir={workdir}'])
+    assert '--figure=star_graph and work directories' in capsys.readouterr().err
 
 
 def test_runs_of_other_tasks_are_refused(workdir: Path) -> None:

@@ -1,7 +1,6 @@
 """The paper's setting of star graphs: files of the published generator, and a published model pre-trained on them."""
 from __future__ import annotations
 
-from collections.abc import Iterator
 import json
 import logging
 from pathlib import Path
@@ -31,10 +30,7 @@ GPT2 = TransformerConfig(
     out_bias=True, mlp_bias=True, tied_embeddings=True)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny.devices(1), tiny.compiled_once(tmp_path_factory.mktemp('compiled')):
-        yield
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 def lines(count: int, degree: int, length: int, num_nodes: int, seed: int) -> list[str]:

@@ -82,8 +82,7 @@ def by_budget(run: Callable[[Ragged | None], Any], real: Array, like: Array) -> 
 def _budgets(whole: int) -> list[int]:
     """Returns sizes of passes, in tokens, below that of a whole block; those of other sizes are not compiled.
 
-    A third of the tokens of a pass are empty at most, a sixth on average: much more would cost time, as many programs
-    more would cost time to compile.
+    Above 16 at most a third of a pass is empty: more would cost time, as more programs would cost time to compile.
     """
     sizes, size = [], _LEAST
     while size < whole:

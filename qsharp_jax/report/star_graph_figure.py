@@ -125,12 +125,7 @@ def _accuracy(ax: Axes, runs: Sequence[Run]) -> None:
 def _steps(ax: Axes, runs: Sequence[Run]) -> None:
     rows = [row for run in runs for row in run.steps]
     for method, own in _sorted(_by(rows, lambda row: row['method'])):
-        points = [(step, *mean_of(several, 'accuracy', 'se'))
-                  for step, several in sorted(_by(own, lambda row: row['step']).items())]
-        colour, marker = plots.look(method)
-        ax.errorbar([step for step, *_ in points], [100 * mean for _, mean, _ in points],
-                    yerr=[100 * error for *_, error in points], color=colour, marker=marker, markersize=5,
-                    linewidth=1.2, elinewidth=1, label=tables.METHODS[method])
+        _curve(ax, method, own, 'step', 'accuracy', 'se')
     degree, length = runs[0].graph
     ax.axhline(100 / degree, color=plots.INK, linestyle='--', linewidth=1)
     ax.set_xticks(range(1, length))
@@ -159,18 +154,23 @@ def _answers(ax: Axes, runs: Sequence[Run]) -> None:
               if row['method'] in _DRAWING and (row['method'], row['learning_rate']) in rates]
     curves += [{**row, 'method': 'qsharp'} for run in runs for row in run.guided]
     for method, own in _sorted(_by(curves, lambda row: row['method'])):
-        points = [(answers, *mean_of(several, 'pass@1', 'pass@1_se'))
-                  for answers, several in sorted(_by(own, lambda row: row['answers']).items())]
-        colour, marker = plots.look(method)
-        ax.errorbar([answers for answers, *_ in points], [100 * mean for _, mean, _ in points],
-                    yerr=[100 * error for *_, error in points], color=colour, marker=marker, markersize=5,
-                    linewidth=1.2, elinewidth=1, label=tables.METHODS[method])
+        _curve(ax, method, own, 'answers', 'pass@1', 'pass@1_se')
     ax.axhline(100 / runs[0].degree, color=plots.INK, linestyle='--', linewidth=1)
     ax.set(title='What more answers buy', xlabel='answers graded in training', ylabel='whole path right, %',
            ylim=(0, 104))
     if curves:
         ax.set_xscale('log')
         ax.legend(fontsize=7)
+
+
+def _curve(ax: Axes, method: str, rows: Sequence[Row], place: str, value: str, error: str) -> None:
+    """Draws a share in per cent against what `place` names, with its standard error; rows of one place are seeds."""
+    points = [(where, *mean_of(several, value, error))
+              for where, several in sorted(_by(rows, lambda row: row[place]).items())]
+    colour, marker = plots.look(method)
+    ax.errorbar([where for where, *_ in points], [100 * mean for _, mean, _ in points],
+                yerr=[100 * deviation for *_, deviation in points], color=colour, marker=marker, markersize=5,
+                linewidth=1.2, elinewidth=1, label=tables.METHODS[method])
 
 
 def _sorted(curves: Mapping[str, list[Row]]) -> list[tuple[str, list[Row]]]:
