@@ -6,7 +6,7 @@
 
 The first prints the results of a run as Markdown, and writes its tables, plots and report.html anew. The second prints
 the table, and writes it as Markdown, LaTeX, PNG and SVG; --table=fig3 is the figure of pass@1 against KL. The third
-draws every method of runs on star graphs, as PNG and SVG.
+prints what every method reaches on star graphs, and draws it as PNG and SVG.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qsharp_jax import cli, report, star_graph_records
-from qsharp_jax.report import plots, publish, star_graph_figure
+from qsharp_jax.report import publish
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--workdir', type=Path, help='directory of the run, by itself')
     parser.add_argument('--table', choices=publish.NAMES, help='of the paper')
-    parser.add_argument('--figure', choices=('star_graph',), help='of the paper, section 3')
+    parser.add_argument('--figure', choices=(star_graph_records.NAME,), help='of the paper, section 3')
     parser.add_argument('--out', type=Path, default=Path('tables'), help='directory of what is written of several runs')
     parser.add_argument('workdirs', type=Path, nargs='*', help='directories of runs, with --table or --figure')
     args = parser.parse_args(argv)
@@ -33,9 +33,7 @@ def main(argv: Sequence[str]) -> None:
     if args.workdir is not None:
         report.print_results(args.workdir, markdown=True)
     elif args.figure is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        plots.save({args.figure: star_graph_figure.draw([star_graph_records.read(one) for one in args.workdirs])},
-                   args.out)
+        print(star_graph_records.write(args.workdirs, args.out))
         print(f'Files: {args.out}')
     else:
         print(publish.write(args.table, args.workdirs, args.out))

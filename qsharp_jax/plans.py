@@ -1,11 +1,13 @@
-"""Which runs a table of the paper needs, at three sizes."""
+"""Which runs a table or figure of the paper needs, at three sizes."""
 from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
 
+from qsharp_jax import star_graph_records
 from qsharp_jax.report import publish
 
+NAMES = (*publish.NAMES, star_graph_records.NAME)
 SIZES = ('tiny', 'small', 'paper')
 
 Keys = Mapping[str, str]
@@ -40,6 +42,8 @@ _QWEN = {'reference.source': 'hf:Qwen/Qwen2.5-7B-Instruct', 'value.source': 'hf:
 # The network of MATH, on AIME's questions: what the paper trained on for these is not told.
 _AIME = {'task.math.test_set': 'aime24', 'eval.select_split': ''}
 _OTHER = {'eval.methods': 'qsharp'}
+_EVERY_METHOD = {'baselines.methods': 'reinforce,reinforce_greedy,grpo,dpo,rpo', 'baselines.value_on_pairs': 'True',
+                 'eval.methods': 'cd,fudge,qsharp'}
 
 # Table 4: how each variant differs from the run of two iterations, which is two of its lines.
 _VARIANTS: Mapping[str, Keys] = {
@@ -89,18 +93,26 @@ def _reduced(table: str, size: str) -> list[Job]:
     }[table]
 
 
-def jobs(table: str, size: str) -> list[Job]:
-    """Returns the runs of a table, those that others take something from before these.
+def _star_graphs(size: str) -> list[Job]:
+    if size == 'tiny':
+        return [Job('star_graph', 'configs/star_graph.py:tiny', _EVERY_METHOD)]
+    return [Job(f'star_graph{graph}', f'configs/star_graph.py:{size}{graph}') for graph in ('', '_5_5', '_3_8')]
+
+
+def jobs(name: str, size: str) -> list[Job]:
+    """Returns the runs of a table or figure, those that others take something from before these.
 
     Args:
-      table: '1' to '7' or 'fig3'.
+      name: one of `NAMES`.
       size: one of `SIZES`.
 
     Raises:
-      ValueError: there is no such table or size.
+      ValueError: there is no such table, figure or size.
     """
-    if table not in publish.NAMES:
-        raise ValueError(f'--table is {table!r}; it must be one of {", ".join(publish.NAMES)}.')
+    if name not in NAMES:
+        raise ValueError(f'--table is {name!r}; it must be one of {", ".join(publish.NAMES)}.')
     if size not in SIZES:
         raise ValueError(f'--size is {size!r}; it must be one of {", ".join(SIZES)}.')
-    return _paper(table) if size == 'paper' else _reduced(table, size)
+    if name == star_graph_records.NAME:
+        return _star_graphs(size)
+    return _paper(name) if size == 'paper' else _reduced(name, size)

@@ -1,4 +1,4 @@
-"""The runs of a table of the paper: what is done, what is left and what it takes, and the doing of it."""
+"""The runs of a table or figure of the paper: what is done, what is left and what it takes, and the doing of it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import jax
 import ml_collections
 
 from qsharp_jax import config as config_lib
-from qsharp_jax import estimates, plans, results, train
+from qsharp_jax import estimates, plans, results, star_graph_records, train
 from qsharp_jax.categorical import METHODS
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.plans import Job
@@ -83,12 +83,12 @@ class Planned:
         return f'stopped in or after "{finished[-1]}"' if finished else 'to do'
 
 
-def planned(table: str, size: str, root: Path, overrides: Overrides = (), policy: str = '',
+def planned(name: str, size: str, root: Path, overrides: Overrides = (), policy: str = '',
             only: Sequence[str] = ()) -> list[Planned]:
-    """Returns the runs of a table.
+    """Returns the runs of a table or figure.
 
     Args:
-      table: as in `plans.jobs`.
+      name: as in `plans.jobs`.
       size: as in `plans.jobs`.
       root: directory of the work directories.
       overrides: dotted keys with texts, for all runs.
@@ -96,14 +96,14 @@ def planned(table: str, size: str, root: Path, overrides: Overrides = (), policy
       only: names of jobs; none for all.
 
     Raises:
-      ValueError: there is no such table, size or job; a key is wrong, or is what makes a job the one that it is; the
+      ValueError: there is no such name, size or job; a key is wrong, or is what makes a job the one that it is; the
         other policy is not named.
     """
-    jobs = plans.jobs(table, size)
+    jobs = plans.jobs(name, size)
     names = [job.name for job in jobs]
     unknown = sorted(set(only) - set(names))
     if unknown:
-        raise ValueError(f'--jobs names {", ".join(unknown)}; table {table} at size {size} has {", ".join(names)}.')
+        raise ValueError(f'--jobs names {", ".join(unknown)}; {_called(name)} at size {size} has {", ".join(names)}.')
     chosen = [job for job in jobs if not only or job.name in only]
     _check_overrides(chosen, overrides)
     found = []
@@ -115,7 +115,7 @@ def planned(table: str, size: str, root: Path, overrides: Overrides = (), policy
             keys['value.run'] = str(root / size / job.guided_by)
         if job.other_policy:
             if not policy:
-                raise ValueError(f'table {table} guides another policy too: name its checkpoint with --policy, a '
+                raise ValueError(f'{_called(name)} guides another policy too: name its checkpoint with --policy, a '
                                  'folder or file of the same tokenizer, or leave it out with --jobs.')
             given = [(key, text) for key, text in given if key != 'reference.source']
             keys['reference.source'] = policy
@@ -123,6 +123,10 @@ def planned(table: str, size: str, root: Path, overrides: Overrides = (), policy
         found.append(Planned(job, root / size / job.name, config_lib.load(_from_here(job.config), every), every,
                              root / size / job.shares if job.shares else None))
     return found
+
+
+def _called(name: str) -> str:
+    return f'the figure {name}' if name == star_graph_records.NAME else f'table {name}'
 
 
 def _check_overrides(jobs: Sequence[Job], overrides: Overrides) -> None:
@@ -159,12 +163,12 @@ def describe(found: Sequence[Planned]) -> str:
     return '\n'.join([*lines, f'{len(found) - left} of {len(found)} runs are done.'])
 
 
-def run(table: str, size: str, root: Path, overrides: Overrides = (), policy: str = '', only: Sequence[str] = (),
+def run(name: str, size: str, root: Path, overrides: Overrides = (), policy: str = '', only: Sequence[str] = (),
         execute: bool = False) -> str:
-    """Prints the plan of a table; runs what is missing, if asked to; makes the table of what there is, and returns it.
+    """Prints a plan; runs what is missing, if asked to; makes the table or figure of what there is, returned as text.
 
     Args:
-      table: as in `planned`, as the others.
+      name: as in `planned`, as the others.
       size: as above.
       root: as above.
       overrides: as above.
@@ -175,7 +179,7 @@ def run(table: str, size: str, root: Path, overrides: Overrides = (), policy: st
     Raises:
       ValueError: as `planned`, or as a run.
     """
-    found = planned(table, size, root, overrides, policy, only)
+    found = planned(name, size, root, overrides, policy, only)
     print(describe(found), flush=True)
     for one in found if execute else []:
         if one.status == 'done':
@@ -188,6 +192,12 @@ def run(table: str, size: str, root: Path, overrides: Overrides = (), policy: st
         train.run(one.config, one.workdir, relabel_from=shares, relabel_iterations=1)
         jax.clear_caches()  # the next run's programs are others
     made = [one.workdir for one in found if (one.workdir / 'results.jsonl').exists()]
-    text = publish.write(table, made, root / size / 'tables')
-    print(f'\n{text}\nFiles: {root / size / "tables"}')
+    out = root / size / 'tables'
+    if name != star_graph_records.NAME:
+        text = publish.write(name, made, out)
+    elif made:
+        text = star_graph_records.write(made, out)
+    else:
+        return ''
+    print(f'\n{text}\nFiles: {out}')
     return text

@@ -1,4 +1,4 @@
-"""Runs on star graphs, read from their work directories for the figure of `report.star_graph_figure`."""
+"""The figure of star graphs from work directories: what `report.star_graph_figure` draws is read from these."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,10 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from qsharp_jax.data.star_graph_text import right_path
-from qsharp_jax.metrics import read_rows
+from qsharp_jax.metrics import read_rows, replace_text
+from qsharp_jax.report import plots, star_graph_figure
 from qsharp_jax.report.star_graph_figure import Run, SHOWN
 
+NAME = 'star_graph'  # of the figure
+
 Row = dict[str, Any]
+
+
+def write(workdirs: Sequence[Path], out: Path) -> str:
+    """Writes the figure below `out`, and returns its accuracies as Markdown.
+
+    Args:
+      workdirs: of runs, finished or not, at least one.
+      out: directory of the files: star_graph.md, .png and .svg.
+
+    Raises:
+      ValueError: there is none, or one holds no run or one of another task.
+    """
+    runs = [read(workdir) for workdir in workdirs]
+    figure = star_graph_figure.draw(runs)
+    text = star_graph_figure.markdown(runs)
+    plots.save({NAME: figure}, out)
+    replace_text(out / f'{NAME}.md', text)
+    return text
 
 
 def read(workdir: Path) -> Run:

@@ -1,12 +1,22 @@
 """Settings of every test: eight simulated devices, one thread for each test process, no silent broadcasts."""
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # XLA reads these once, when it starts: before any test module imports jax.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Programs here run for milliseconds and are compiled for seconds: this takes off a third of that.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+# What one test, test process or command that a test starts has compiled serves all others.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    _compiled = tempfile.mkdtemp(prefix='compiled-')
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ.update(
+        JAX_COMPILATION_CACHE_DIR=_compiled, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES='-1')
 _flags = [os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8']
 if 'PYTEST_XDIST_WORKER' in os.environ:
     # Several test processes share the cores.
@@ -30,10 +40,10 @@ def programs_are_let_go() -> Iterator[None]:
 
 
 @pytest.fixture(scope='module')
-def one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs of a module that asks for it see one device, and share what they compile."""
+def one_device() -> Iterator[None]:
+    """Runs of a module that asks for it see one device."""
     from tests import tiny  # here, so that no project module is imported before the settings above
-    with tiny.devices(1), tiny.compiled_once(tmp_path_factory.mktemp('compiled')):
+    with tiny.devices(1):
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+import pytest
 from scipy import stats
 
 from tests import oracle_convergence as oracle
@@ -25,6 +26,7 @@ def test_the_quick_fit_is_the_oracles():
     np.testing.assert_allclose(oracle.fit(tree, data), tree.counted_law(units), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_distances_shrink_with_the_roll_outs_as_they_should():
     for name, exponent in (('kl', -1), ('value_gap', -1), ('total_variation', -0.5)):
         found, error = oracle.slope(NUMBERS, noisy()[name])

@@ -64,8 +64,10 @@ def test_every_policy_has_its_rows_and_moves_from_the_reference(compared: Experi
             row, = rows_of(compared, method, split)
             assert row['selected'] and row['eta'] is None and row['iteration'] == 0
             assert row['learning_rate'] == 0.03 and row['n_examples'] == 8
-            # The floor is what cutting off the sampler's tail costs.
-            assert row['kl'] > start['kl'] and np.isfinite(row['difference_to_reference'])
+            assert np.isfinite(row['difference_to_reference'])
+            # The floor is what cutting off the sampler's tail costs. Most probable answers that all earn alike teach
+            # nothing: whether these do is up to rounding.
+            assert row['kl'] > start['kl'] - (1e-6 if method == 'reinforce_greedy' else 0)
         assert row['answers'] == 96 or policies.METHODS[method].pairs
     # What the reward asks for, an answer that begins with one of the first nodes, is quickly learned.
     for method in ('reinforce', 'grpo', 'rpo'):

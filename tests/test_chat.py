@@ -79,6 +79,7 @@ def test_pieces_are_whole_characters_and_come_one_by_one(folders: tuple[Path, Pa
     assert not any(piece.endswith('\ufffd') for piece in pieces[:-1])
 
 
+@pytest.mark.slow
 def test_guided_by_the_network_of_a_run_and_by_its_export(
         folders: tuple[Path, Path], workdir: Path, tmp_path: Path) -> None:
     alone = answers(folders, '--seed=3', '--temperature=1', '--max_new_tokens=6')

@@ -21,7 +21,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp('generate')
     config = tiny.config(root / 'data', iterations=2, value__head_init='normal', reference__pretrain__steps=2,
                          eval__batch_rows=8)
-    with tiny.devices(1), tiny.compiled_once(root / 'compiled'):
+    with tiny.devices(1):
         yield tiny.run_of_opinions(config, root / 'run')
 
 

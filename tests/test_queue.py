@@ -235,6 +235,7 @@ for number, task in enumerate((decoding.Answering(6), rollout.RollingOut(rollout
 '''
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same(tmp_path):
     run_two(TWO, tmp_path, devices=2)
     of = policies()

@@ -14,7 +14,7 @@ from tests import real_valued, tiny
 
 @pytest.mark.whole
 def test_the_language_of_a_run_is_what_its_reference_writes(tmp_path: Path) -> None:
-    with tiny.devices(1), tiny.compiled_once(tmp_path / 'compiled'):
+    with tiny.devices(1):
         config = tiny.config(
             tmp_path / 'data', reward='star_graph_progress', value__head='categorical', value__v_min=-1.5,
             value__v_max=2.0, value__num_atoms=8, sampling__max_new_tokens=3, sampling__top_k=0, eval__split='train',

@@ -38,6 +38,7 @@ def refuse_to_roll_out(*args: object) -> None:
     raise AssertionError('decoded')
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_another_reward_grades_the_rollouts_of_every_iteration_and_draws_none(
         first: Path, data: Path, reward: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+import shutil
 from typing import Any
 
 import pytest
 
+from experiments import reproduce as reproduce_entry
 from experiments import tables as entry
 from qsharp_jax import star_graph_records
 from qsharp_jax.metrics import read_rows
@@ -79,7 +81,7 @@ def workdir(tmp_path: Path) -> Path:
 
     def row(method: str, iteration: int, eta: float | None, **more: Any) -> Row:
         return {'method': method, 'iteration': iteration, 'eta': eta, 'temperature': 1.0, 'split': 'test',
-                'pass@1': 0.5, 'pass@1_se': 0.1, 'selected': True, **more}
+                'pass@1': 0.5, 'pass@1_se': 0.1, 'selected': True, 'seconds_per_answer': None, **more}
 
     write(tmp_path / 'results.jsonl', [
         row('reference', 0, None, selected=False), row('reference', 0, None, temperature=0.0),
@@ -129,11 +131,32 @@ def test_the_entry_point_draws_work_directories(
         workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / 'out'
     entry.main(['--figure=star_graph', f'--out={out}', str(workdir)])
-    assert sorted(path.name for path in out.iterdir()) == ['star_graph.png', 'star_graph.svg']
-    assert str(out) in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ['star_graph.md', 'star_graph.png', 'star_graph.svg']
+    printed = capsys.readouterr().out
+    assert str(out) in printed
+    assert (out / 'star_graph.md').read_text() in printed
+    assert [line.split(' | ') for line in printed.splitlines()[:5]] == [
+        ['| whole path right, %', 'G(2, 3) |'], ['| ---', '---: |'], ['| a guess of the arm', '50.0 |'],
+        ['| reference', '50.0 ± 10.0 |'], ['| REINFORCE', '50.0 ± 10.0 |']]
     with pytest.raises(SystemExit):
         entry.main(['--figure=star_graph', f'--workdir={workdir}'])
     assert '--figure=star_graph and work directories' in capsys.readouterr().err
+
+
+def test_the_plan_of_the_figure_draws_what_there_is(
+        workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / 'root'
+    reproduce_entry.main(['--figure=star_graph', '--size=tiny', f'--root={root}'])
+    printed = capsys.readouterr().out
+    assert 'star_graph: to do' in printed and '0 of 1 runs are done.' in printed
+    assert not root.exists()
+    shutil.copytree(workdir, root / 'tiny' / 'star_graph', ignore=shutil.ignore_patterns('root'))
+    reproduce_entry.main(['--figure=star_graph', '--size=tiny', f'--root={root}'])
+    assert '| Q♯ | 50.0 ± 10.0 |' in capsys.readouterr().out
+    assert (root / 'tiny' / 'tables' / 'star_graph.png').exists()
+    with pytest.raises(SystemExit):
+        reproduce_entry.main(['--figure=star_graph', '--table=1'])
+    assert 'not allowed with argument' in capsys.readouterr().err
 
 
 def test_runs_of_other_tasks_are_refused(workdir: Path) -> None:

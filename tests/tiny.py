@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import ml_collections
 import numpy as np
 import pytest
@@ -92,26 +91,6 @@ def devices(count: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:count]))
         yield
-
-
-@contextlib.contextmanager
-def compiled_once(directory: Path) -> Iterator[None]:
-    """Keeps compiled programs in a directory: the second run of a job in this process compiles nothing."""
-    names = {'jax_compilation_cache_dir': str(directory), 'jax_persistent_cache_min_compile_time_secs': 0,
-             'jax_persistent_cache_min_entry_size_bytes': -1}
-    before = {name: getattr(jax.config, name) for name in names}
-    # What is compiled runs for milliseconds, so that most of the compiler's own work is wasted.
-    optimizes = 'jax_disable_most_optimizations'
-    before[optimizes], names[optimizes] = jax.config.read(optimizes), True
-    try:
-        for name, value in names.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # it looks at its settings once
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def run_of_opinions(config: ml_collections.ConfigDict, workdir: Path) -> Path:

@@ -80,6 +80,28 @@ def draw(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def markdown(runs: Sequence[Run]) -> str:
+    """Returns the accuracies above as a table: a method a line, a graph a column, the mean over seeds.
+
+    Args:
+      runs: at least one.
+    """
+    graphs = sorted({run.graph for run in runs}, key=lambda graph: (graph[1], graph[0]))
+    fullest = {graph: _fullest([run for run in runs if run.graph == graph]) for graph in graphs}
+    lines = [['whole path right, %', *(f'G({degree}, {length})' for degree, length in graphs)],
+             ['---', *('---:' for _ in graphs)],
+             ['a guess of the arm', *(f'{100 / degree:.1f}' for degree, _ in graphs)]]
+    for method in SHOWN:
+        cells = []
+        for graph in graphs:
+            found = [row for run in fullest[graph] for row in run.results if row['method'] == method]
+            mean, error = mean_of(found, 'pass@1', 'pass@1_se') if found else (0.0, 0.0)
+            cells.append(f'{100 * mean:.1f} ± {100 * error:.1f}' if found else '')
+        if any(cells):
+            lines.append([tables.METHODS[method], *cells])
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
 def _fullest(runs: Sequence[Run]) -> list[Run]:
     """Returns the runs in which Q♯ has most answers."""
     def size(run: Run) -> float:
