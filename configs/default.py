@@ -305,6 +305,8 @@ def evaluation() -> ml_collections.ConfigDict:
     config.samples = 8  # answers a prompt
     # KL coefficients compared, all read from one value network; `eta` is always among them.
     config.etas = (0.05, 0.1, 0.2, 0.5)
+    # False: all of them on `select_split` alone, and on `split` the one that is chosen there; if it is another split.
+    config.every_eta = True
     config.methods = ('cd', 'qsharp')  # beside the reference: any of 'qsharp', 'cd', 'fudge', 'vas'
     # What CD and VAS are guided by: 'shared', the network of the first iteration, as it was fitted for Q# | 'own', one
     # that is fitted to the same data, the reference's own answers, by squared error.

@@ -100,11 +100,16 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
     collected = (config.iterations - shares) * once
     own_cd = config.eval.cd_network == 'own' and fits_here
     fitted = (sum(range(1, config.iterations + 1)) + own_cd) * once  # each fit has all of D
-    per_policy = plan.samples * sum(_examples(parts, plan, split) for split in plan.splits)
-    policies = [policy for iteration in range(config.iterations + 1) for group in results.policies(plan, iteration)
-                for policy in group]
-    guided = per_policy * sum(policy.guided for policy in policies)
-    evaluated = guided + (0 if shares else per_policy * sum(not policy.guided for policy in policies))
+    answers = {split: plan.samples * _examples(parts, plan, split) for split in plan.splits}
+    guided = unguided = 0
+    for iteration in range(config.iterations + 1):
+        for group in results.policies(plan, iteration):
+            if group[0].guided:
+                guided += sum(number * (len(group) if split in plan.sweep_splits else 1)
+                              for split, number in answers.items())
+            else:
+                unguided += len(group) * sum(answers.values())
+    evaluated = guided + (0 if shares else unguided)
     reference = ledger.reference_cost(parts.reference_config)
     value = ledger.value_cost(parts.value_shape, parts.value_config, config.guidance.candidates)
     keys = width + longest / 2

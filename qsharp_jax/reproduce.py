@@ -57,6 +57,7 @@ class Planned:
         plan = results.plan_of(self.config)
         rows = [] if not (self.workdir / 'results.jsonl').exists() else read_rows(self.workdir / 'results.jsonl')
         there = {(row['method'], row['iteration'], row['eta'], row['temperature'], row['split']) for row in rows}
+        chosen = {(row['method'], row['iteration'], row['split']) for row in rows if row['selected']}
         last = self.config.iterations
         lacking = []
         for iteration in range(last + 1):
@@ -65,8 +66,10 @@ class Planned:
             for group in results.policies(plan, iteration, meant):
                 for policy in group:
                     eta = policy.eta if policy.guided else None
-                    wanted = [(policy.method, iteration, eta, policy.temperature, split) for split in plan.splits]
-                    if not there.issuperset(wanted):
+                    swept = plan.sweep_splits if policy.guided else plan.splits
+                    wanted = [(policy.method, iteration, eta, policy.temperature, split) for split in swept]
+                    once = [(policy.method, iteration, split) for split in plan.splits if split not in swept]
+                    if not there.issuperset(wanted) or not chosen.issuperset(once):
                         lacking.append(f'{policy.method} {iteration}')
         scored = any(row['scored_by'] is not None for row in rows if 'scored_by' in row)
         if self.config.eval.reward_model and not scored:

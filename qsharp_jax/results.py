@@ -27,6 +27,7 @@ class Plan:
     Attributes:
       splits: names, the one that eta is chosen on first.
       select_split: the one that eta is chosen on; '' where `eta` of the config is taken as it is.
+      sweep_splits: those on which every eta is evaluated; on the others it is the chosen one.
       examples: number of prompts of each split; 0 for all.
       samples: answers a prompt.
       etas: KL coefficients.
@@ -36,6 +37,7 @@ class Plan:
 
     splits: tuple[str, ...]
     select_split: str
+    sweep_splits: tuple[str, ...]
     examples: dict[str, int]
     samples: int
     etas: tuple[float, ...]
@@ -48,9 +50,10 @@ def plan_of(config: Any) -> Plan:
     evaluation = config.eval
     own = float(config.sampling.temperature)
     examples = {evaluation.select_split: evaluation.select_examples, evaluation.split: evaluation.examples}
+    splits = tuple(dict.fromkeys(split for split in (evaluation.select_split, evaluation.split) if split))
     return Plan(
-        splits=tuple(dict.fromkeys(split for split in (evaluation.select_split, evaluation.split) if split)),
-        select_split=evaluation.select_split, examples=examples, samples=evaluation.samples,
+        splits=splits, select_split=evaluation.select_split,
+        sweep_splits=splits if evaluation.every_eta else splits[:1], examples=examples, samples=evaluation.samples,
         etas=tuple(sorted({float(config.eta), *map(float, evaluation.etas)})), methods=tuple(evaluation.methods),
         temperatures=tuple(dict.fromkeys([own, *map(float, evaluation.reference_temperatures)])))
 
@@ -103,16 +106,18 @@ class Evaluation:
             own = method in ('cd', 'vas') and cd_values is not None
             best: float | None = None
             for split in plan.splits:
-                self._answer(group, cd_values if own else values, split)
-                if split == plan.select_split:
-                    best = self._best(group, split)
                 chosen = float(self._parts.config.eta) if best is None else best
-                for evaluated in group:
+                asked = [evaluated for evaluated in group
+                         if split in plan.sweep_splits or not evaluated.guided or evaluated.eta == chosen]
+                self._answer(asked, cd_values if own else values, split)
+                if split == plan.select_split:
+                    chosen = best = self._best(group, split)
+                for evaluated in asked:
                     # The reference's is that of the sampler's own temperature; FUDGE has one only.
                     if evaluated == group[0] if method in ('reference', 'fudge') else evaluated.eta == chosen:
                         self._chosen[method, split] = evaluated
                 if record:
-                    self._results.add([self._row(evaluated, split) for evaluated in group])
+                    self._results.add([self._row(evaluated, split) for evaluated in asked])
 
     def rank(self, iteration: int, values: Params) -> None:
         """Scores answers by a value network, and adds what best-of-k and weighted votes earn to results.jsonl.

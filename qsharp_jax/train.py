@@ -230,7 +230,7 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
                          'network of iteration 1 only, since later data are not the reference\'s own.')
     usual = plan_of(parts.config)
     plan = dataclasses.replace(
-        usual, splits=(split,), select_split='', etas=tuple(sorted(set(etas))), methods=tuple(methods),
+        usual, splits=(split,), select_split='', sweep_splits=(split,), etas=tuple(sorted(set(etas))), methods=tuple(methods),
         examples={split: examples or usual.examples.get(split, 0)}, samples=samples or usual.samples,
         temperatures=usual.temperatures[:1])
     evaluation = Evaluation(parts, plan)

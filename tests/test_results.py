@@ -10,8 +10,9 @@ from qsharp_jax import results
 from qsharp_jax.evaluate import Evaluated
 
 PLAN = results.Plan(
-    splits=('validation', 'test'), select_split='validation', examples={'validation': 4, 'test': 8},
-    samples=2, etas=(0.1, 0.5), methods=('qsharp', 'cd', 'fudge'), temperatures=(0.8, 1.0, 0.0))
+    splits=('validation', 'test'), select_split='validation', sweep_splits=('validation', 'test'),
+    examples={'validation': 4, 'test': 8}, samples=2, etas=(0.1, 0.5), methods=('qsharp', 'cd', 'fudge'),
+    temperatures=(0.8, 1.0, 0.0))
 
 
 def test_iteration_0_is_the_reference_at_each_temperature():
@@ -47,7 +48,9 @@ def test_the_plan_of_a_config():
         config.eval.etas, config.eval.reference_temperatures = (0.5, 0.2, 0.5, 0.1), (1.0, 0.7)
         config.eval.select_split, config.eval.split = 'validation', 'test'
     plan = results.plan_of(config)
-    assert plan.splits == ('validation', 'test')  # eta is chosen before it is used
+    assert plan.splits == plan.sweep_splits == ('validation', 'test')  # eta is chosen before it is used
+    config.eval.every_eta = False
+    assert results.plan_of(config).sweep_splits == ('validation',)
     assert plan.etas == (0.1, 0.2, 0.5)  # each once
     assert plan.temperatures == (0.7, 1.0)  # the sampler's own first, once
     config.eval.etas = (0.5,)

@@ -384,6 +384,26 @@ def test_a_finished_network_is_evaluated_at_other_etas(straight: Path, tmp_path:
         train.evaluate_checkpoint(workdir, [0.1], 'test', 1, ['qsharp'], examples=0, samples=-1)
 
 
+@pytest.mark.whole
+def test_the_split_that_is_reported_may_be_asked_at_the_chosen_eta_alone(
+        straight: Path, data: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / 'run'
+    shutil.copytree(straight, workdir, ignore=shutil.ignore_patterns('samples', 'results.jsonl'))
+    train.run(tiny.config(data, eval__every_eta=False), workdir)
+    kept = ('method', 'iteration', 'eta', 'temperature', 'split', 'selected', 'pass@1', 'kl', 'scored_by', 'best_of_k',
+            'difference_to_cd')
+    every, some = ([{key: row.get(key) for key in kept} for row in read_rows(run / 'results.jsonl')]
+                   for run in (straight, workdir))
+    # A policy's answers do not depend on which others are asked.
+    assert [row for row in every if row['split'] == 'validation'] == [
+        row for row in some if row['split'] == 'validation']
+    expected = [row for row in every if row['split'] == 'test' and (row['method'] == 'reference' or row['selected'])]
+    assert expected == [row for row in some if row['split'] == 'test'] and len(expected) < len(every) / 2
+    assert 'validation split' in (workdir / 'report.html').read_text()
+    lines, before = ((run / 'results.md').read_text().splitlines() for run in (workdir, straight))
+    assert len(lines) < len(before)
+
+
 def test_a_run_without_a_finished_network_is_not_begun_anew_to_look_at_it(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='holds no run: it has no config.json'):
         train.open_run(tmp_path)

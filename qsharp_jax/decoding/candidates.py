@@ -303,7 +303,8 @@ def _openness(how: Guidance, policy: Policy, logits: Array, weighing: Array | No
 def _enough(still_open: Callable[[Array, Array], Array], expected: Array, shape: tuple[int, ...]) -> Array:
     """Returns how many of the best candidates close a place if each weighs as much as is expected, [N].  # [N]
 
-    That is what the token chosen last weighs: the weight of a prefix is the mean of its tokens' weights.
+    That is what the token chosen last weighs: the weight of a prefix is the mean of its tokens' weights. If any is
+    needed it is one more, since a further pass takes longer than some tokens of this one.
     """
     count = shape[1]
 
@@ -312,4 +313,5 @@ def _enough(still_open: Callable[[Array, Array], Array], expected: Array, shape:
         return ~still_open(jnp.broadcast_to(expected[:, None], shape), scored)
 
     found = jax.vmap(closes)(jnp.arange(count))  # [C, N]
-    return jnp.where(jnp.any(found, axis=0), jnp.argmax(found, axis=0), count)
+    fewest = jnp.argmax(found, axis=0)
+    return jnp.where(jnp.any(found, axis=0), fewest + (fewest > 0), count)

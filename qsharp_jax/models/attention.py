@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from qsharp_jax import sharding
 from qsharp_jax.models.cache import slots_last
 from qsharp_jax.models.layers import Linear, MLP, Norm, TransformerConfig
-from qsharp_jax.models.ragged import Ragged
+from qsharp_jax.models.ragged import Ragged, Tiles
 from qsharp_jax.types import Array
 
 HIDDEN = -1e30  # the score of a key that is not seen: finite, so that no row makes NaN
@@ -25,7 +26,8 @@ class Attention(nn.Module):
     """Grouped-query attention of new tokens to the cache and to one another.
 
     Returns the output [B, T, D] and the new keys [B, Hkv, Dh, T] and values [B, Hkv, T, Dh], laid out as the
-    cache. With a `layout`, input, rotation and output are of its tokens, [G, N, ...]; the rest is of rows.
+    cache. With a `layout`, input, rotation and output are of its tokens, [G, N, ...]; the rest is of rows, and the
+    queries of rows or tiles.
     """
 
     config: TransformerConfig
@@ -56,13 +58,18 @@ class Attention(nn.Module):
             key = Norm(config, axis=None, name='key_norm')(key)
         if rotation is not None:
             query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+        tiles = None if layout is None else layout.tiles
         if layout is not None:
             batch = block_mask.shape[0]
-            query, key, value = (layout.scatter(part, batch) for part in (query, key, value))
+            key, value = (layout.scatter(part, batch) for part in (key, value))
+            query = layout.scatter(query, batch) if tiles is None else tiles.of_tokens(query)
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-        mixed = self._attend((query, key, value, block_mask), cached, cache_mask)
-        if layout is not None:
-            mixed = layout.gather(mixed)
+        new = query, key, value, block_mask
+        if layout is not None and tiles is not None:
+            mixed = tiles.to_tokens(self._attend(*_of_tiles(layout, tiles, new, cached, cache_mask)))
+        else:
+            mixed = self._attend(new, cached, cache_mask)
+            mixed = mixed if layout is None else layout.gather(mixed)
         axes = 'heads', 'head_dim', 'embed'
         inputs = config.heads, head_dim
         output = Linear(config, inputs, (width,), axes, config.out_bias, out_scale, name='output')(mixed)
@@ -92,6 +99,18 @@ class Attention(nn.Module):
 
         return sharding.map_rows(
             beside, (*new, cache_mask), scores * cache_mask.shape[-1], _CACHED_SCORES, fixed=(keys, values))
+
+
+def _of_tiles(layout: Ragged, tiles: Tiles, new: tuple[Array, Array, Array, Array], cached: tuple[Array, ...] | None,
+              cache_mask: Array | None) -> tuple[Any, tuple[Array, ...] | None, Array | None]:
+    """Returns the arguments of attention for tiles of queries: each has the keys, values and masks of its row."""
+    query, key, value, block_mask = new
+    new = query, tiles.of_rows(key), tiles.of_rows(value), tiles.of_tokens(layout.gather(block_mask))
+    if cached is None or cache_mask is None:
+        return new, None, None
+    every = cache_mask.shape[1] == 1  # the same for all tokens of a row
+    seen = tiles.of_rows(cache_mask) if every else tiles.of_tokens(layout.gather(cache_mask))
+    return new, tuple(tiles.of_rows(part) for part in cached), seen
 
 
 class Block(nn.Module):

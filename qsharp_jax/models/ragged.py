@@ -12,24 +12,57 @@ import jax.numpy as jnp
 from qsharp_jax import sharding
 from qsharp_jax.types import Array
 
+WIDTH = 4  # tokens of a tile
 _LEAST = 4  # tokens: a pass over fewer takes as long
+_SPARED = 2  # queries that there must be in rows, as a multiple of those in tiles, for which keys are copied
 _FINE = 16  # tokens, up to which passes of twice the size are compiled, and of half more from there on
+
+
+@struct.dataclass
+class Tiles:
+    """The tokens as queries of attention: some that follow each other in a row make a tile, which has its row's keys.
+
+    Rows of one length would have as many queries as the longest.
+
+    Attributes:
+      rows: of each tile in its shard.  # [G, X] int32
+      tokens: in each place of the tiles, laid one behind the other.  # [G, X * WIDTH] int32
+      slots: place of each token in them.  # [G, N] int32
+    """
+
+    rows: Array
+    tokens: Array
+    slots: Array
+
+    def of_tokens(self, flat: Array) -> Array:
+        """# [G, N, ...] -> [G * X, WIDTH, ...]"""
+        return _take(flat, self.tokens).reshape(-1, WIDTH, *flat.shape[2:])
+
+    def of_rows(self, rows: Array) -> Array:
+        """Returns what a row has for each of its tiles.  # [B, ...] -> [G * X, ...]"""
+        return _take(rows.reshape(self.rows.shape[0], -1, *rows.shape[1:]), self.rows).reshape(-1, *rows.shape[1:])
+
+    def to_tokens(self, tiles: Array) -> Array:
+        """# [G * X, WIDTH, ...] -> [G, N, ...]"""
+        return _take(tiles.reshape(self.tokens.shape[0], -1, *tiles.shape[2:]), self.slots)
 
 
 @struct.dataclass
 class Ragged:
     """The real tokens of a batch, one behind the other, and where they are in rows of one length.
 
-    Everything but attention works on the tokens alone; attention works on rows. A shard of the batch has tokens of its
-    own, so that none crosses devices.
+    Everything but attention works on the tokens alone. A shard of the batch has tokens of its own, so that none crosses
+    devices.
 
     Attributes:
       places: of each token in the rows of its shard, laid one behind the other.  # [G, N] int32
       tokens: the token in each place, anything where there is none.  # [G, B / G * T] int32
+      tiles: that attention works on; None where it works on the rows, of which little is empty then.
     """
 
     places: Array
     tokens: Array
+    tiles: Tiles | None
 
     def gather(self, rows: Array) -> Array:
         """Returns the tokens of rows.  # [B, T, ...] -> [G, N, ...]"""
@@ -46,10 +79,35 @@ def layout(real: Array, shards: int, budget: int) -> Ragged:
     flat = real.reshape(shards, -1)
     tokens = jnp.cumsum(flat, axis=1, dtype=jnp.int32) - 1
     place = jnp.broadcast_to(jnp.arange(flat.shape[1], dtype=jnp.int32), flat.shape)
-    target = jnp.where(flat, tokens, budget)  # out of range: dropped
-    empty = jnp.zeros((shards, budget), jnp.int32)
-    places = jax.vmap(lambda empty, target, place: empty.at[target].set(place, mode='drop'))(empty, target, place)
-    return Ragged(places, jnp.where(flat, tokens, 0))
+    places = _placed(jnp.where(flat, tokens, budget), place, budget)
+    tiles = None
+    rows = real.shape[0] // shards
+    count = (budget + (WIDTH - 1) * min(rows, budget)) // WIDTH  # at most: a row's last tile may have one token
+    if _SPARED * count * WIDTH < flat.shape[1]:
+        tiles = _tiles(real.reshape(shards, rows, -1), tokens, places, count)
+    return Ragged(places, jnp.where(flat, tokens, 0), tiles)
+
+
+def _tiles(real: Array, tokens: Array, places: Array, count: int) -> Tiles:
+    """# [G, B / G, T] bool, [G, B / G * T], [G, N] -> `count` tiles"""
+    shards, rows, _ = real.shape
+    rank = jnp.cumsum(real, axis=2, dtype=jnp.int32) - 1
+    used = (rank[:, :, -1] + WIDTH) // WIDTH  # tiles of each row
+    first = jnp.cumsum(used, axis=1) - used
+    slot = (first[..., None] * WIDTH + rank).reshape(shards, -1)
+    target = jnp.where(real.reshape(shards, -1), slot, count * WIDTH)
+    row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None, :, None], real.shape).reshape(shards, -1)
+    return Tiles(rows=_placed(target // WIDTH, row, count), tokens=_placed(target, tokens, count * WIDTH),
+                 slots=_take(slot, places))
+
+
+def _placed(target: Array, values: Array, size: int) -> Array:
+    """Returns `size` numbers, the values at their targets and 0 elsewhere; a target of `size` drops its value.
+
+    # [G, M] x 2 -> [G, size]
+    """
+    empty = jnp.zeros((target.shape[0], size), jnp.int32)
+    return jax.vmap(lambda empty, target, value: empty.at[target].set(value, mode='drop'))(empty, target, values)
 
 
 def by_budget(run: Callable[[Ragged | None], Any], real: Array, like: Array) -> Any:

@@ -39,7 +39,7 @@ def write(workdir: str | os.PathLike[str]) -> Path:
     figures = plots.draw(run)
     plots.save(figures, run.workdir / 'plots')
     select_split = run.config['eval']['select_split']
-    frontier = tables.frontier(run.results, run.split)
+    frontier = tables.frontier(run.results, run.sweep_split)
     replace_text(run.workdir / 'results.md', '\n'.join([
         tables.markdown(run.results, run.split, select_split), *(f'- {sentence}' for sentence in frontier), '']))
     titles, cells = tables.table(run.results, run.split, select_split)
@@ -70,7 +70,7 @@ def summary(workdir: str | os.PathLike[str]) -> str:
     """The table of a workdir's results for a terminal, and what it says about pass@1 at equal KL."""
     run = records.read(workdir)
     return '\n'.join([tables.terminal(run.results, run.split, run.config['eval']['select_split']),
-                      *tables.frontier(run.results, run.split)])
+                      *tables.frontier(run.results, run.sweep_split)])
 
 
 def print_results(workdir: str | os.PathLike[str], markdown: bool = False) -> Path:

@@ -43,8 +43,8 @@ def draw(run: Run) -> dict[str, Figure]:
     """Every plot that the run has numbers for, by file name."""
     figures: dict[str, Figure] = {}
     with style():
-        if any(row['split'] == run.split for row in run.results):
-            figures['pass1_kl'] = pass1_against_kl(run.results, run.split)
+        if any(row['split'] == run.sweep_split for row in run.results):
+            figures['pass1_kl'] = pass1_against_kl(run.results, run.sweep_split)
         if any('loss' in row for row in run.metrics):
             figures['training'] = training_curves(run.metrics)
         if run.calibration:
@@ -109,7 +109,7 @@ def pass1_against_kl(rows: Sequence[Row], split: str) -> Figure:
                         textcoords='offset points', fontsize=7.5, color=colour)
     ax.margins(x=0.08)
     ax.set(xlabel='KL to the reference, nats an answer', ylabel='pass@1, %',
-           title='Accuracy against distance from the reference')
+           title=f'Accuracy against distance from the reference, {split} split')
     if curves:
         ax.legend()
     return figure

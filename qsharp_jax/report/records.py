@@ -43,6 +43,12 @@ class Run:
         """The split that the report is about."""
         return str(self.config['eval']['split'])
 
+    @property
+    def sweep_split(self) -> str:
+        """The split on which every eta was evaluated: that of the report if it is one."""
+        evaluation = self.config['eval']
+        return self.split if evaluation['every_eta'] else str(evaluation['select_split']) or self.split
+
 
 def read(workdir: str | os.PathLike[str], samples: bool = True) -> Run:
     """The records of a workdir.

@@ -1,0 +1,47 @@
+"""Where the real tokens of a batch are, one behind the other and in tiles."""
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qsharp_jax.models import ragged
+from qsharp_jax.models.ragged import WIDTH
+
+
+@pytest.mark.parametrize('shards', [1, 2])
+@pytest.mark.parametrize('seed', range(12))
+def test_every_token_is_in_one_tile_of_its_row(seed, shards):
+    rng = np.random.default_rng(seed)
+    rows, length = 8, 40
+    most = rng.integers(0, 12, rows) * (rng.random(rows) < 0.7)
+    if seed == 0:
+        most[:] = 1  # the most tiles for their tokens: a token each
+    if seed == 1:
+        most[:] = 0
+    real = np.zeros((rows, length), bool)
+    for row, number in enumerate(most):
+        real[row, rng.choice(length, number, replace=False)] = True
+    tokens = int(real.reshape(shards, -1).sum(axis=1).max())
+    laid = ragged.layout(jnp.asarray(real), shards, max(tokens, 1) + seed % 3)
+    assert laid.tiles is not None
+    names = np.arange(rows * length).reshape(rows, length)  # of the places
+    flat = np.asarray(laid.gather(jnp.asarray(names)))
+    tiles = np.asarray(laid.tiles.of_tokens(jnp.asarray(flat)))
+    of_rows = np.asarray(laid.tiles.of_rows(jnp.arange(rows)[:, None]))[:, 0]
+    found = np.asarray(laid.tiles.to_tokens(jnp.asarray(tiles)))
+    assert tiles.shape == (len(of_rows), WIDTH)
+    scattered = np.asarray(laid.scatter(jnp.asarray(flat), rows))
+    for shard in range(shards):
+        own = names.reshape(shards, -1)[shard][real.reshape(shards, -1)[shard]]
+        np.testing.assert_array_equal(flat[shard, :len(own)], own)
+        np.testing.assert_array_equal(found[shard, :len(own)], own)  # there and back
+        for slot in np.asarray(laid.tiles.slots)[shard, :len(own)]:
+            tile = shard * len(of_rows) // shards + slot // WIDTH
+            assert tiles[tile, slot % WIDTH] // length == of_rows[tile]
+    np.testing.assert_array_equal(scattered[real], names[real])
+
+
+def test_rows_that_are_mostly_full_are_not_tiled():
+    real = jnp.ones((4, 8), bool)
+    assert ragged.layout(real, 1, 32).tiles is None
