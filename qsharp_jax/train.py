@@ -230,9 +230,9 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
                          'network of iteration 1 only, since later data are not the reference\'s own.')
     usual = plan_of(parts.config)
     plan = dataclasses.replace(
-        usual, splits=(split,), select_split='', sweep_splits=(split,), etas=tuple(sorted(set(etas))), methods=tuple(methods),
-        examples={split: examples or usual.examples.get(split, 0)}, samples=samples or usual.samples,
-        temperatures=usual.temperatures[:1])
+        usual, splits=(split,), select_split='', sweep_splits=(split,), etas=tuple(sorted(set(etas))),
+        methods=tuple(methods), examples={split: examples or usual.examples.get(split, 0)},
+        samples=samples or usual.samples, temperatures=usual.temperatures[:1])
     evaluation = Evaluation(parts, plan)
     # The run's own rows of the reference stand, which may be of more answers than these.
     there = any(row['method'] == 'reference' and row['split'] == split for row in read_rows(workdir / 'results.jsonl'))
