@@ -131,12 +131,13 @@ def speculation(sides: Sides) -> Iterator[Row]:
     shape = dict(batch=1, prompt=64, layers=30, dtype='float32', room=ROOM)
     name = 'speculation/batch=1/value=30'
     if sides.wanted(name):
+        drafts = (1, 3, 5, 7) if sides.full or sides.named else (1, 3)
         guides = {PACKED: Guide(spared=False), 'spared': Guide(),
-                  **{f'draft of {draft}': Guide(draft=draft) for draft in (1, 3, 5, 7)}}
+                  **{f'draft of {draft}': Guide(draft=draft) for draft in drafts}}
         yield _drafted(sides, name, {**shape, 'tokens': ROOM}, guides)
     for eta in ACCEPTED_ETAS:
         name = f'speculation/acceptance/eta={eta:g}'
-        if sides.wanted(name):
+        if sides.wanted(name) and (sides.full or sides.named):
             guides = {'unguided': UNGUIDED, 'draft of 1': Guide(etas=(eta,), draft=1)}
             yield _drafted(sides, name, {**shape, 'batch': 16, 'layers': 8, 'tokens': ROOM}, guides, repeats=1)
 
@@ -155,7 +156,7 @@ def _drafted(sides: Sides, name: str, shape: Row, guides: Mapping[str, Guide], r
 
 def peer(sides: Sides) -> Iterator[Row]:
     """Our decoder against the same networks, prompts and law in PyTorch."""
-    kinds = [(batch, 'float32') for batch in (1, 16, 64 if sides.full else 32)] + [(16, 'bfloat16')]
+    kinds = [(batch, 'float32') for batch in ((1, 16, 32, 64) if sides.full else (1, 16))] + [(16, 'bfloat16')]
     for batch, dtype in kinds:
         for label in ('unguided', 'guided', 'after_sampler'):
             name = f'peer/batch={batch}/{dtype}/{label}'
