@@ -16,6 +16,8 @@ WIDTH = 4  # tokens of a tile
 _LEAST = 4  # tokens: a pass over fewer takes as long
 _SPARED = 2  # queries that there must be in rows, as a multiple of those in tiles, for which keys are copied
 _FINE = 16  # tokens, up to which passes of twice the size are compiled, and of half more from there on
+_SMALL = 64  # tokens, of a pass that is always worth having
+_RANGE = 64  # that a whole block is as a multiple of the smallest pass, at most
 
 
 @struct.dataclass
@@ -140,10 +142,13 @@ def by_budget(run: Callable[[Ragged | None], Any], real: Array, like: Array) -> 
 def _budgets(whole: int) -> list[int]:
     """Returns sizes of passes, in tokens, below that of a whole block; those of other sizes are not compiled.
 
-    Above 16 at most a third of a pass is empty: more would cost time, as more programs would cost time to compile.
+    Above 16 at most a third of a pass is empty: more would cost time, as more programs would cost time to compile. For
+    these a large block has no passes of less than a 64th of it, and none that would spare less than two fifths.
     """
     sizes, size = [], _LEAST
-    while size < whole:
+    while size * _RANGE < whole:
+        size *= 2
+    while size < whole and (size <= _SMALL or 5 * size <= 3 * whole):
         sizes.append(size)
         power = size & (size - 1) == 0
         size = size * 2 if size < _FINE else size * 3 // 2 if power else size * 4 // 3
