@@ -54,7 +54,7 @@ def get_config(size: str, max_prompt_tokens: int) -> ml_collections.ConfigDict:
         config.eval.batch_rows = 16
         config.eval.block_examples = 8
     elif size == 'small':
-        # A model that gets part of the questions right, guided by its own lower half: half a day on two CPU cores.
+        # A model that gets part of the questions right, guided by its own lower half.
         config.reference.source = 'hf:Qwen/Qwen2.5-0.5B-Instruct'
         config.sampling.temperature = 1.0
         config.sampling.top_p = 1.0
