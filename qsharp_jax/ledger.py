@@ -136,11 +136,8 @@ def prefilled_shares(prompts: np.ndarray, rows: np.ndarray, shared: int) -> np.n
 
 
 def _cost(config: TransformerConfig, read: Params, output: float) -> NetworkCost:
-    heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
-    projections = config.width * head_dim * (2 * heads + 2 * kv_heads)
-    mlp = config.width * config.mlp_width * (3 if config.gated else 2)
     return NetworkCost(
-        token=2.0 * config.layers * (projections + mlp), pair=4.0 * heads * head_dim,
+        token=transformer.token_flops(config), pair=4.0 * config.heads * config.head_dim,
         windows=dict(Counter(config.window(layer) for layer in range(config.layers))), output=output,
         weights=float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(read))),
-        cached=2.0 * config.layers * kv_heads * head_dim * jnp.dtype(config.dtype).itemsize)
+        cached=2.0 * config.layers * config.kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize)

@@ -47,6 +47,13 @@ def one_device() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def passes_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value passes have all the sizes of a large network's, which the small ones of tests are not worth."""
+    from qsharp_jax.models import ragged
+    monkeypatch.setattr(ragged, '_WORTH', 0)
+
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs of a module keep their task's data, which is made once."""

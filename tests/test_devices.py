@@ -25,6 +25,9 @@ from qsharp_jax.models import value as value_lib
 from qsharp_jax.types import Policy
 from tests import pools, tabular, tiny
 
+# Shards of rows have real tokens of their own number each.
+pytestmark = pytest.mark.usefixtures('passes_of_every_size')
+
 MESHES = {'data=8': (8, 1, 1), 'data=2,fsdp=2,tensor=2': (2, 2, 2)}
 VOCAB, ROWS, LENGTH = 12, 32, 6
 EOS = (2,)

@@ -88,6 +88,7 @@ def policy():
 
 @pytest.mark.parametrize('order', ['paper', 'after_sampler'])
 @pytest.mark.parametrize('kind', ['v', 'q', None])
+@pytest.mark.usefixtures('passes_of_every_size')
 def test_decoding_holds_scores_of_one_token_alone(order, kind):
     reference, params = networks.reference(SHAPE), transformer.param_shapes(SHAPE)
     how, values = decoding.Guidance(order=order), None

@@ -45,3 +45,16 @@ def test_every_token_is_in_one_tile_of_its_row(seed, shards):
 def test_rows_that_are_mostly_full_are_not_tiled():
     real = jnp.ones((4, 8), bool)
     assert ragged.layout(real, 1, 32).tiles is None
+
+
+def test_sizes_of_passes_follow_the_real_tokens_and_spare_enough():
+    for whole in (1, 5, 40, 336, 3150, 100_000):
+        every = ragged._budgets(whole, 1e9)
+        assert all(0 < one < other for one, other in zip(every, [*every[1:], whole]))
+        assert all(other <= 2 * one for one, other in zip(every, every[1:]))
+        assert not whole > 64 or every[0] * 64 >= whole and every[-1] * 2 > whole * 0.6
+        for flops in (1e4, 1e5, 1e6):
+            some = ragged._budgets(whole, flops)
+            assert set(some) <= set(every)
+            assert all((other - one) * flops >= 1e7 for one, other in zip(some, [*some[1:], whole]))
+    assert ragged._budgets(336, 1e9) and not ragged._budgets(336, 1e4)

@@ -78,6 +78,7 @@ def test_packed_candidates_equal_separate_forwards(config, value_config):
 
 @kinds
 @pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.usefixtures('passes_of_every_size')
 def test_rows_of_a_block_have_any_number_of_real_tokens(scan, value_config):
     """Several chosen tokens at once, and candidates behind any of them, in passes of every budget."""
     if scan and value_config.extra_layers:

@@ -95,7 +95,8 @@ def value(config: TransformerConfig, value_config: ValueConfig, ragged: bool = T
                 trunk, params['trunk'], cache, length, tokens, positions, mask, commit=roots, layout=layout)
             return head(hidden), hidden, new
 
-        scores, hidden, new = ragged_lib.by_budget(run, real, like=length) if ragged else run(None)
+        scores, hidden, new = ragged_lib.by_budget(
+            run, real, like=length, flops=transformer.token_flops(trunk)) if ragged else run(None)
         return scores, cache_lib.write_all(cache, new, length, hidden)
 
     return Value(

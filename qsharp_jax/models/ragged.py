@@ -18,6 +18,7 @@ _SPARED = 2  # queries that there must be in rows, as a multiple of those in til
 _FINE = 16  # tokens, up to which passes of twice the size are compiled, and of half more from there on
 _SMALL = 64  # tokens, of a pass that is always worth having
 _RANGE = 64  # that a whole block is as a multiple of the smallest pass, at most
+_WORTH = 1e7  # FLOPs that a size must spare beside the next: fewer are a tenth of a millisecond, and compiling is dear
 
 
 @struct.dataclass
@@ -112,7 +113,7 @@ def _placed(target: Array, values: Array, size: int) -> Array:
     return jax.vmap(lambda empty, target, value: empty.at[target].set(value, mode='drop'))(empty, target, values)
 
 
-def by_budget(run: Callable[[Ragged | None], Any], real: Array, like: Array) -> Any:
+def by_budget(run: Callable[[Ragged | None], Any], real: Array, like: Array, flops: float) -> Any:
     """Returns what `run` makes of a layout with little more room than there are real tokens: of None, if of most.
 
     Without a real token nothing is run, and all is zero. What `run` closes over must only be read: XLA copies what a
@@ -122,10 +123,10 @@ def by_budget(run: Callable[[Ragged | None], Any], real: Array, like: Array) -> 
       run: from a layout to a tree of arrays, whose shapes do not depend on it.
       real: which tokens are.  # [B, T] bool
       like: as in `sharding.constrain_rows`.
+      flops: that a token takes.
     """
     shards = sharding.row_shards(like)
-    whole = real.size // shards
-    budgets = _budgets(whole)
+    budgets = _budgets(real.size // shards, flops)
 
     def nothing() -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, None))
@@ -139,11 +140,12 @@ def by_budget(run: Callable[[Ragged | None], Any], real: Array, like: Array) -> 
     return jax.lax.switch(jnp.sum(most > jnp.asarray([0, *budgets])), branches)
 
 
-def _budgets(whole: int) -> list[int]:
+def _budgets(whole: int, flops: float) -> list[int]:
     """Returns sizes of passes, in tokens, below that of a whole block; those of other sizes are not compiled.
 
     Above 16 at most a third of a pass is empty: more would cost time, as more programs would cost time to compile. For
-    these a large block has no passes of less than a 64th of it, and none that would spare less than two fifths.
+    these a large block has no passes of less than a 64th of it, and none that would spare less than two fifths; and a
+    small network has none that would spare next to nothing.
     """
     sizes, size = [], _LEAST
     while size * _RANGE < whole:
@@ -152,7 +154,12 @@ def _budgets(whole: int) -> list[int]:
         sizes.append(size)
         power = size & (size - 1) == 0
         size = size * 2 if size < _FINE else size * 3 // 2 if power else size * 4 // 3
-    return sizes
+    found, next_ = [], whole
+    for size in reversed(sizes):
+        if (next_ - size) * flops >= _WORTH:
+            found.append(size)
+            next_ = size
+    return found[::-1]
 
 
 def _take(array: Array, index: Array) -> Array:

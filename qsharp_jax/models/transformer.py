@@ -297,6 +297,13 @@ def count_params(params: Params) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
+def token_flops(config: TransformerConfig) -> float:
+    """Returns the FLOPs of a token's products with parameters, of all layers but the output layer."""
+    projections = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    mlp = config.width * config.mlp_width * (3 if config.gated else 2)
+    return 2.0 * config.layers * (projections + mlp)
+
+
 def stack_layers(params: Params, config: TransformerConfig) -> Params:
     """Returns parameters of separate layers as `config` has them: stacked along a new first axis, or as they are."""
     if not config.scan_layers:
