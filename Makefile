@@ -17,7 +17,7 @@ demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/demo.stamp
 	$(BIN)/python experiments/train.py --config=configs/arithmetic.py:tiny --workdir=$(WORKDIR)
 
-# Our decoder and fit beside the same work in PyTorch: at most 45 minutes on two cores (docs/performance.md).
+# Our decoder and fit beside the same work in PyTorch: half an hour on two cores (docs/performance.md).
 bench: export JAX_PLATFORMS ?= cpu
 bench: $(VENV)/parity.stamp
 	$(BIN)/python benchmarks/run.py

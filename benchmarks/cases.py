@@ -23,8 +23,10 @@ CLOSE = 1e-3  # nats by which both sides' log-probabilities may differ
 ROOM = 64  # slots of our caches for an answer; the peer's grow with it
 PEER = 'PyTorch'
 PACKED = 'one whole pass'
-ACCEPTED_ETAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+NUCLEUS_SHARES = (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+ACCEPTED_SPREADS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
+FITS = {'equal': (1, 16), 'unequal': (4, 4)}  # samples: how many to a row of ours, and rows a step
 GUIDES = {
     'unguided': UNGUIDED,
     'guided': Guide(),
@@ -102,7 +104,7 @@ class Sides:
 
 def new_tokens(batch: int) -> int:
     """Returns how many tokens a row are timed: some seconds."""
-    return {1: 64, 16: 24}.get(batch, 12)
+    return {1: 64, 16: 24, 64: 8}.get(batch, 12)
 
 
 def decode(sides: Sides) -> Iterator[Row]:
@@ -135,10 +137,10 @@ def speculation(sides: Sides) -> Iterator[Row]:
         guides = {PACKED: Guide(spared=False), 'spared': Guide(),
                   **{f'draft of {draft}': Guide(draft=draft) for draft in drafts}}
         yield _drafted(sides, name, {**shape, 'tokens': ROOM}, guides)
-    for eta in ACCEPTED_ETAS:
-        name = f'speculation/acceptance/eta={eta:g}'
+    for spread in ACCEPTED_SPREADS:
+        name = f'speculation/acceptance/spread={spread:g}'
         if sides.wanted(name) and (sides.full or sides.named):
-            guides = {'unguided': UNGUIDED, 'draft of 1': Guide(etas=(eta,), draft=1)}
+            guides = {'unguided': UNGUIDED, 'draft of 1': Guide(spread=spread, draft=1)}
             yield _drafted(sides, name, {**shape, 'batch': 16, 'layers': 8, 'tokens': ROOM}, guides, repeats=1)
 
 
@@ -206,25 +208,57 @@ def collect(sides: Sides) -> Iterator[Row]:
     name = 'collect/batch=8'
     if sides.wanted(name):
         shape = dict(prompts=16, samples=8, batch=8, room=ROOM, layers=8)
-        contenders = {label: Contender(sides.ours, 'collect', {**shape, 'guide': GUIDES[label].message()})
-                      for label in ('unguided', 'guided')}
-        replies = measure.alternate(contenders, REPEATS)
+        asked = {label: {**shape, 'guide': GUIDES[label].message()} for label in ('unguided', 'guided')}
+        for arguments in asked.values():
+            sides.ours.call('collect', **{**arguments, 'samples': 1})  # compiled, for any number of units
+        contenders = {label: Contender(sides.ours, 'collect', arguments) for label, arguments in asked.items()}
+        replies = measure.alternate(contenders, REPEATS, warm_ups=0)
         occupancy = {label: own[0]['active'] / own[0]['row_steps'] for label, own in replies.items()}
         yield measure.result(name, shape, replies, 'unguided', 'pairs', occupancy=occupancy)
 
 
 def fit(sides: Sides) -> Iterator[Row]:
     """One pass of the fit over the same samples, of equal and of unequal length, against PyTorch."""
-    for samples, per_row, batch in (('equal', 1, 16), ('unequal', 4, 4)):
+    for samples in FITS:
         name = f'fit/{samples}'
         if not sides.wanted(name):
             continue
-        work = {'ours': sides.ours.call('prepare_fit', samples=samples, samples_per_row=per_row, batch=batch, layers=8),
-                PEER: sides.peer().call('prepare_fit', samples=samples, batch=16, layers=8)}
+        work = _prepare_fit(sides, samples)
         contenders = {'ours': Contender(sides.ours, 'fit', {'samples': samples}),
                       PEER: Contender(sides.peer(), 'fit', {'samples': samples})}
         yield measure.result(name, dict(layers=8, dtype='float32'), measure.alternate(contenders, REPEATS), PEER,
                              work=work)
+
+
+def _prepare_fit(sides: Sides, samples: str) -> dict[str, Row]:
+    """Returns what either side computes in a pass over those samples."""
+    per_row, batch = FITS[samples]
+    return {'ours': sides.ours.call('prepare_fit', samples=samples, samples_per_row=per_row, batch=batch, layers=8),
+            PEER: sides.peer().call('prepare_fit', samples=samples, batch=16, layers=8)}
+
+
+def profile(sides: Sides) -> Iterator[Row]:
+    """Where the time of a step of decoding and of an update goes, on either side, by its own profiler."""
+    for label in ('unguided', 'guided', 'after_sampler'):
+        name = f'profile/decode/batch=16/{label}'
+        if sides.wanted(name):
+            tokens = new_tokens(16)
+            asked = dict(batch=16, prompt=64, layers=8, dtype='float32', tokens=tokens, guide=GUIDES[label].message())
+            yield _profiled(name, asked, sides.ours.call('profile_decode', **asked, room=ROOM),
+                            sides.peer().call('profile_decode', **asked), tokens)
+    name = 'profile/fit/equal'
+    if sides.wanted(name):
+        _prepare_fit(sides, 'equal')
+        yield _profiled(name, {'samples': 'equal'}, sides.ours.call('profile_fit', samples='equal'),
+                        sides.peer().call('profile_fit', samples='equal'), 1)
+
+
+def _profiled(name: str, settings: Row, ours: Reply, theirs: Reply, steps: int) -> Row:
+    """Returns a row with the milliseconds a step of each part, on either side."""
+    sides = {'ours': ours, PEER: theirs}
+    return {'name': name, 'settings': settings, 'parts': {
+        side: {part: 1e3 * seconds / steps for part, seconds in parts.items() if part != 'peak_memory'}
+        for side, parts in sides.items()}}
 
 
 def startup(sides: Sides) -> Iterator[Row]:
@@ -255,19 +289,39 @@ def startup(sides: Sides) -> Iterator[Row]:
                'seconds': {who: measure.spread([reply['seconds'] for reply in own]) for who, own in replies.items()}}
 
 
+def nucleus(sides: Sides) -> Iterator[Row]:
+    """How many tokens the sampler's nucleus holds, which are the candidates in the order 'after_sampler'."""
+    name = 'nucleus/prompt=64'
+    if sides.wanted(name):
+        shape = dict(batch=16, prompt=64, tokens=ROOM)
+        sizes = sorted(sides.ours.call('nucleus', **shape))
+        yield {'name': name, 'settings': shape, 'steps': len(sizes), 'alone': sizes.count(1) / len(sizes),
+               'quantiles': {str(share): sizes[math.ceil(share * len(sizes)) - 1] for share in NUCLEUS_SHARES}}
+
+
 def ledger(sides: Sides) -> Iterator[Row]:
-    """What an answer and a right answer cost, by policy: a small run of the demo's task, from its results.jsonl."""
+    """What an answer and a right answer cost, by policy: a small run of the demo's task, from its results.jsonl.
+
+    At the paper's temperature and nucleus, and with one value network in both orders.
+    """
     name = 'ledger/arithmetic'
     if not sides.wanted(name):
         return
-    workdir = sides.folder / 'run'
-    smaller = {'iterations': 1, 'collect.examples': 450, 'task.arithmetic.test_examples': 50, 'eval.select_split': '',
-               'eval.reference_temperatures': '0.0', 'task.data_dir': sides.folder / 'data'}
-    subprocess.run(
-        [sys.executable, str(measure.ROOT / 'experiments' / 'train.py'), '--config=configs/arithmetic.py:tiny',
-         f'--workdir={workdir}', *(f'--config.{key}={value}' for key, value in smaller.items())],
-        cwd=measure.ROOT, env=measure.environment(), check=True, stdout=subprocess.DEVNULL)
-    yield {'name': name, 'policies': [row for row in read_rows(workdir / 'results.jsonl') if row['split'] == 'test']}
+    settings = {
+        'iterations': 1, 'collect.examples': 450, 'task.arithmetic.test_examples': 50, 'eval.select_split': '',
+        'eval.reference_temperatures': '0.0', 'eval.methods': 'qsharp', 'sampling.temperature': 0.8,
+        'sampling.top_p': 0.9, 'task.data_dir': sides.folder / 'data'}
+    fitted, rows = sides.folder / 'paper', []
+    for order in ('paper', 'after_sampler'):
+        workdir = sides.folder / order
+        there = {'guidance.order': order, 'value.run': fitted} if workdir != fitted else {}
+        subprocess.run(
+            [sys.executable, str(measure.ROOT / 'experiments' / 'train.py'), '--config=configs/arithmetic.py:tiny',
+             f'--workdir={workdir}', *(f'--config.{key}={value}' for key, value in {**settings, **there}.items())],
+            cwd=measure.ROOT, env=measure.environment(), check=True, stdout=subprocess.DEVNULL)
+        rows += [{**row, 'order': order} for row in read_rows(workdir / 'results.jsonl')
+                 if row['split'] == 'test' and (order == 'paper' or row['method'] == 'qsharp')]
+    yield {'name': name, 'policies': rows}
 
 
 def growth(sides: Sides) -> Iterator[Row]:
@@ -277,8 +331,8 @@ def growth(sides: Sides) -> Iterator[Row]:
 
 
 CASES: Mapping[str, Callable[[Sides], Iterator[Row]]] = {
-    'decode': decode, 'speculation': speculation, 'peer': peer, 'collect': collect, 'fit': fit, 'startup': startup,
-    'ledger': ledger, 'growth': growth}
+    'decode': decode, 'speculation': speculation, 'peer': peer, 'collect': collect, 'fit': fit, 'profile': profile,
+    'startup': startup, 'nucleus': nucleus, 'ledger': ledger, 'growth': growth}
 
 
 def pick(names: Sequence[str]) -> Callable[[str], bool]:

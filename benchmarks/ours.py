@@ -1,7 +1,7 @@
 """Our side: the only file here that calls the project's decoder, roll-outs and fit."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from pathlib import Path
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from benchmarks import workload
+from benchmarks import profiles, workload
 from benchmarks.workload import Guide
 from qsharp_jax import categorical, decoding, learner, ledger, references, rollout, sharding
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
@@ -112,17 +112,31 @@ class Side:
     def decode(self, batch: int, prompt: int, layers: int, dtype: str, room: int, tokens: int,
                guide: dict[str, Any]) -> dict[str, float]:
         """Times `tokens` tokens a row after the prefill."""
-        asked = Guide.of(guide)
-        state = jax.block_until_ready(self._state(batch, prompt, layers, dtype, room, tokens, asked))
-        reference, how, params, values = self._networks(layers, dtype, asked)
-        policy = policy_of(asked, batch)
+        arguments = self._decoding(batch, prompt, layers, dtype, room, tokens, guide)
         began = time.perf_counter()
-        state = jax.block_until_ready(decoding.decode(reference, how, params, values, policy, state, eos_ids=()))
+        state = jax.block_until_ready(decoding.decode(*arguments, eos_ids=()))
         seconds = time.perf_counter() - began
         made = int(state.count.sum())
         assert made == batch * tokens, (made, batch, tokens)
         return {'seconds': seconds, 'tokens': made, 'kl_per_token': float(state.kl.sum()) / made,
                 'value_tokens': int(state.value_tokens.sum()), 'reference_tokens': int(state.reference_tokens.sum())}
+
+    def profile_decode(self, batch: int, prompt: int, layers: int, dtype: str, room: int, tokens: int,
+                       guide: dict[str, Any]) -> dict[str, float]:
+        """Returns the seconds of `decode` by what they went to."""
+        arguments = [self._decoding(batch, prompt, layers, dtype, room, tokens, guide) for _ in range(2)]
+        jax.block_until_ready(decoding.decode(*arguments[0], eos_ids=()))
+        program = decoding.decode.lower(*arguments[1], eos_ids=()).compile()
+        return profiles.measure(lambda: jax.block_until_ready(decoding.decode(*arguments[1], eos_ids=())), program,
+                                profiles.decode_part)
+
+    def nucleus(self, batch: int, prompt: int, tokens: int) -> list[int]:
+        """Returns how many tokens the sampler's nucleus holds, in each of so many steps of each row."""
+        def choose(number: int, log_probs: jax.Array) -> jax.Array:
+            return jax.random.categorical(jax.random.fold_in(jax.random.key(_SEED), number), log_probs)
+
+        laws = self._laws(batch, prompt, 1, tokens, workload.UNGUIDED, choose)
+        return np.isfinite(laws).sum(axis=-1).ravel().tolist()
 
     def work(self, prompt: int, layers: int, guide: dict[str, Any]) -> dict[str, float]:
         """Returns the parameters that a step reads and the FLOPs of one token, at the beginning of an answer.
@@ -137,7 +151,8 @@ class Side:
             return alone
         tokens = 1 + asked.candidates
         return {'parameters': alone['parameters'] + value.weights / 4,
-                'flops': alone['flops'] + float(value.flops(tokens, prompt + 1, tokens))}
+                'flops': alone['flops'] + float(value.flops(tokens, prompt + 1, tokens)),
+                'flops_a_value_token': float(value.flops(1, prompt + 1, 1))}
 
     def log_probs(self, batch: int, prompt: int, layers: int, forced: Sequence[Sequence[int]],
                   guide: dict[str, Any]) -> str:
@@ -145,17 +160,10 @@ class Side:
 
         # [T, B, V]
         """
-        asked, tokens = Guide.of(guide), np.asarray(forced, np.int32)
-        steps = tokens.shape[1]
-        state = self._state(batch, prompt, layers, 'float32', steps, steps, asked)
-        reference, how, params, values = self._networks(layers, 'float32', asked)
-        step, found = jax.jit(functools.partial(_law, reference, how)), []
-        for number in range(steps):
-            log_probs, state = step(params, values, policy_of(asked, batch), state)
-            state = dataclasses.replace(state, pending=jnp.asarray(tokens[:, number]), count=state.count + 1)
-            found.append(np.asarray(log_probs))
+        tokens = np.asarray(forced, np.int32)
         path = self._folder / 'ours_log_probs.npy'
-        np.save(path, np.stack(found))
+        np.save(path, self._laws(batch, prompt, layers, tokens.shape[1], Guide.of(guide),
+                                 lambda number, _: jnp.asarray(tokens[:, number])))
         return str(path)
 
     def first_token(self, prompts: int, samples: int, batch: int, layers: int,
@@ -242,6 +250,13 @@ class Side:
         return {'seconds': seconds, 'tokens': sum(int((one.weights > 0).sum()) for one in batches),
                 'loss': float(np.mean(losses))}
 
+    def profile_fit(self, samples: str) -> dict[str, float]:
+        """Returns the seconds of an update of `fit`, without compiling, by what they went to."""
+        self.fit(samples)  # compiled, and memory touched
+        state, update, batches = self._fits[samples]
+        program, state = update.lower(state, batches[0]).compile(), jax.tree.map(jnp.copy, state)
+        return profiles.measure(lambda: jax.block_until_ready(update(state, batches[0])), program, profiles.fit_part)
+
     def _networks(self, layers: int, dtype: str, guide: Guide) -> Networks:
         reference, value = self._functions(layers, dtype)
         params = self._reference(dtype)[1]
@@ -250,7 +265,9 @@ class Side:
         value = dataclasses.replace(value, ragged=value.ragged and guide.spared)
         how = decoding.Guidance(value=value, distribution=self._distribution, candidates=guide.candidates,
                                 outside=guide.outside, order=guide.order, offset=guide.offset, draft=guide.draft)
-        return reference, how, params, self._value(layers)[1]
+        values = self._value(layers)[1]
+        head = jax.tree.map(lambda kernel: guide.spread * kernel, values['head'])
+        return reference, how, params, {**values, 'head': head}
 
     @functools.cache
     def _functions(self, layers: int, dtype: str) -> tuple[Any, Any]:
@@ -303,6 +320,25 @@ class Side:
         if guide.etas is None:
             state = dataclasses.replace(state, value_cache=None)
         return jax.tree.map(jnp.copy, state)
+
+    def _decoding(self, batch: int, prompt: int, layers: int, dtype: str, room: int, tokens: int,
+                  guide: dict[str, Any]) -> tuple[Any, ...]:
+        """Returns the arguments of `decoding.decode`, of which the state is used up."""
+        asked = Guide.of(guide)
+        state = jax.block_until_ready(self._state(batch, prompt, layers, dtype, room, tokens, asked))
+        return *self._networks(layers, dtype, asked), policy_of(asked, batch), state
+
+    def _laws(self, batch: int, prompt: int, layers: int, steps: int, guide: Guide,
+              choose: Callable[[int, jax.Array], jax.Array]) -> np.ndarray:
+        """Returns log-probabilities before each of so many tokens, chosen by number and law.  # [T, B, V]"""
+        state = self._state(batch, prompt, layers, 'float32', steps, steps, guide)
+        reference, how, params, values = self._networks(layers, 'float32', guide)
+        step, found = jax.jit(functools.partial(_law, reference, how)), []
+        for number in range(steps):
+            log_probs, state = step(params, values, policy_of(guide, batch), state)
+            state = dataclasses.replace(state, pending=choose(number, log_probs), count=state.count + 1)
+            found.append(np.asarray(log_probs))
+        return np.stack(found)
 
     def _queue(self, prompts: int, batch: int, layers: int, guide: Guide, task: decoding.Task,
                ends: tuple[int, ...]) -> Queue:

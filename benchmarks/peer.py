@@ -5,7 +5,8 @@ second, and its cache is cropped back. Attention is SDPA throughout, nothing is 
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 import copy
 import functools
 import math
@@ -25,6 +26,8 @@ from benchmarks import workload
 from benchmarks.workload import Guide
 
 Tensor: TypeAlias = torch.Tensor
+
+_PRODUCTS = ('mm', 'addmm', 'bmm', 'baddbmm')
 
 
 class ValueGuidance(transformers.LogitsProcessor):
@@ -168,6 +171,11 @@ class Side:
         assert made.shape == (batch, prompt + tokens + 1) and len(clock.times) == tokens + 1, made.shape
         return {'seconds': clock.times[-1] - clock.times[0], 'tokens': batch * tokens}
 
+    def profile_decode(self, tokens: int, **shape: Any) -> dict[str, float]:
+        """Returns the seconds of `decode` by what they went to."""
+        self.decode(tokens=tokens, **shape)
+        return profiled(functools.partial(self.decode, tokens=tokens, **shape))
+
     @torch.inference_mode()
     def log_probs(self, batch: int, prompt: int, layers: int, forced: Sequence[Sequence[int]], guide: dict[str, Any],
                   ours: str) -> dict[str, float]:
@@ -212,6 +220,11 @@ class Side:
         losses = [fit.update(*batch) for batch in batches]
         return {'seconds': time.perf_counter() - began, 'loss': float(np.mean(losses)),
                 'tokens': sum(int((weights > 0).sum()) for _, weights, _ in batches)}
+
+    def profile_fit(self, samples: str) -> dict[str, float]:
+        """Returns the seconds of an update of `fit` by what they went to."""
+        self.fit(samples)
+        return profiled(functools.partial(self._fits[samples].update, *self._batches[samples][0]))
 
     def _policy(self, batch: int, prompt: int, layers: int, dtype: str, guide: Guide) -> tuple[Any, ...]:
         """Returns a copy of the reference's cache, the prompts, processors, and the options of generate's warpers."""
@@ -271,6 +284,21 @@ def compare(theirs: np.ndarray, ours: np.ndarray, guide: Guide) -> dict[str, flo
     return {'laws': len(ours), 'largest': float(np.abs(theirs[both] - ours[both]).max(initial=0.0)),
             'other_support': int((~same & ~wide).sum()), 'wide': int(wide.sum()),
             'tokens_in_support': float(np.median(size))}
+
+
+def profiled(run: Callable[[], Any]) -> dict[str, float]:
+    """Runs something under PyTorch's profiler, and returns the seconds of each kind of operation.
+
+    They are those of the threads that call operations, of which there is one at a time.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    found: Counter[str] = Counter()
+    for event in profile.key_averages():
+        name = event.key.removeprefix('aten::')
+        kind = 'products' if name in _PRODUCTS else 'attention' if 'scaled_dot_product' in name else 'the rest'
+        found[kind] += event.self_cpu_time_total / 1e6
+    return dict(found)
 
 
 def _warpers(options: dict[str, float]) -> list[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import re
 from typing import Any
 
-from benchmarks import growth, measure
+from benchmarks import acceptance, growth, measure
 from qsharp_jax.report import tables as report
 
 Row = Mapping[str, Any]
@@ -40,6 +40,14 @@ def sentence(row: Row) -> str:
     """Returns a row in one line, for the terminal."""
     if 'series' in row:
         return growth.sentence(row)
+    if 'parts' in row:
+        return 'ms a step: ' + '; '.join(
+            f'{side} {sum(parts.values()):.0f}, of which ' + ', '.join(
+                f'{part} {milliseconds:.0f}' for part, milliseconds in _longest_first(parts))
+            for side, parts in row['parts'].items())
+    if 'quantiles' in row:
+        return 'tokens in the nucleus: ' + ', '.join(
+            f'{float(share):.0%} {size:,}' for share, size in row['quantiles'].items())
     if 'rates' not in row:
         return f'{len(row["policies"])} policies'
     if 'seconds' in row:
@@ -62,6 +70,8 @@ def rewrite(document: Path, results: Path) -> None:
     document.write_text(filled(text, found), encoding='utf-8')
     if 'growth' in found:
         growth.draw(found['growth'], str(document.parent / 'figures' / 'growth.png'))
+    if taken := list(filter(_is_acceptance, found.get('speculation', []))):
+        acceptance.draw(taken, str(document.parent / 'figures' / 'acceptance.png'))
 
 
 def filled(text: str, rows: Mapping[str, Sequence[Row]]) -> str:
@@ -83,45 +93,44 @@ def setup(rows: Sequence[Row]) -> str:
 
 
 def decode_table(rows: Sequence[Row]) -> str:
-    """Returns guided against unguided rates, beside the ratios that weights and operations alone would give."""
-    lines = [['', 'tokens/s', 'of unguided', 'parameters would make it', 'operations would make it']]
+    """Returns guided against unguided rates, beside the ratios that weights and operations alone would give.
+
+    Operations if all candidates were computed, and of the tokens that were.
+    """
+    lines = [['', 'tokens/s', 'of unguided', 'parameters would make it', 'operations would make it',
+              'those of tokens computed', 'value tokens a token']]
     for row in rows:
         base = row['work'][row['base']]
         for label, found in row['rates'].items():
             work = row['work'][label]
-            guided = label != row['base']
-            lines.append([_title(row, label), _spread(found), _ratio(row['ratios'][label]) if guided else '',
-                          *(f'{base[key] / work[key]:.2f}' if guided else '' for key in ('parameters', 'flops'))])
+            cells = [_title(row, label), _spread(found)]
+            if label != row['base']:
+                one = row['repeats'][label][0]
+                tokens = one['value_tokens'] / one['tokens']
+                cells += [_ratio(row['ratios'][label]), f'{base["parameters"] / work["parameters"]:.2f}',
+                          f'{base["flops"] / work["flops"]:.2f}',
+                          f'{base["flops"] / (base["flops"] + tokens * work["flops_a_value_token"]):.2f}',
+                          f'{tokens:.1f}']
+            lines.append(cells + [''] * (len(lines[0]) - len(cells)))
     return _markdown(lines)
 
 
 def speculation_table(rows: Sequence[Row]) -> str:
     """Returns what drafts make of the rate; and how often a draft is taken, beside what theory has as its least."""
     timed = [['', 'tokens/s', 'ratio', 'tokens a step', 'KL, nats in all']]
-    taken = [['η', 'drafts accepted', 'KL to the sampler, nats a token, at most', 'accepted at least, by theory']]
     for row in rows:
-        if 'acceptance' not in row['name']:
+        if not _is_acceptance(row):
             timed += [[_title(row, label), _spread(found),
                        _ratio(row['ratios'][label]) if label != row['base'] else '',
                        f'{row["tokens_a_step"][label]:.2f}', f'{row["kl"][label]:.2f}'] for label, found in
                       row['rates'].items()]
-        else:
-            eta, label = row['name'].rpartition('=')[2], next(one for one in row['rates'] if one != row['base'])
-            kl, least = least_accepted(row)
-            taken.append([eta, f'{row["tokens_a_step"][label] - 1:.3f}', f'{kl:.4f}', f'{least:.3f}'])
-    return '\n'.join(_markdown(lines) for lines in (timed, taken) if len(lines) > 1)
+    taken = acceptance.lines(list(filter(_is_acceptance, rows)))
+    figure = ['![drafts taken against KL](figures/acceptance.png)\n'] if len(taken) > 1 else []
+    return '\n'.join([*(_markdown(lines) for lines in (timed, taken) if len(lines) > 1), *figure])
 
 
-def least_accepted(row: Row) -> tuple[float, float]:
-    """Returns the KL a token that guidance adds to the sampler's, and the share of drafts accepted at least for it.
-
-    A shared noise draws the same from two laws with probability (1 - TV) / (1 + TV) at least, which is convex in TV,
-    and the mean TV is at most sqrt(mean KL / 2) (Pinsker, Jensen).
-    """
-    label = next(one for one in row['rates'] if one != row['base'])
-    kl = max(row['kl'][label] - row['kl'][row['base']], 0.0) / row['settings']['tokens']
-    distance = min(math.sqrt(kl / 2), 1.0)
-    return kl, (1 - distance) / (1 + distance)
+def _is_acceptance(row: Row) -> bool:
+    return '/acceptance/' in row['name']
 
 
 def peer_table(rows: Sequence[Row]) -> str:
@@ -160,6 +169,23 @@ def fit_table(rows: Sequence[Row]) -> str:
     return _markdown(lines)
 
 
+def profile_table(rows: Sequence[Row]) -> str:
+    """Returns the milliseconds of a step, part by part, the longest first; a table for each row and side."""
+    texts = []
+    for row in rows:
+        for side, parts in row['parts'].items():
+            lines = [[f'{_title(row)}: {side}', 'ms a step', 'share']]
+            total = sum(parts.values())
+            for part, milliseconds in _longest_first(parts):
+                lines.append([part, _number(milliseconds), f'{milliseconds / total:.0%}'])
+            texts.append(_markdown([*lines, ['all', _number(total), '']]))
+    return '\n'.join(texts)
+
+
+def _longest_first(parts: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(parts.items(), key=lambda part: -part[1])
+
+
 def startup_table(rows: Sequence[Row]) -> str:
     """Returns seconds to the first token of both sides, and how often XLA compiled for it and after it."""
     lines = [['', *(f'{side}, s' for side in _sides(rows)), 'XLA compilations', 'at the second batch']]
@@ -171,18 +197,29 @@ def startup_table(rows: Sequence[Row]) -> str:
     return _markdown(lines)
 
 
+def nucleus_table(rows: Sequence[Row]) -> str:
+    """Returns quantiles of the tokens in the sampler's nucleus."""
+    shares = list(rows[0]['quantiles'])
+    lines = [['', *(f'{float(share):.0%} of steps' for share in shares), 'one token']]
+    for row in rows:
+        lines.append([_title(row), *(f'{row["quantiles"][share]:,}' for share in shares), f'{row["alone"]:.0%}'])
+    return _markdown(lines)
+
+
 def ledger_table(rows: Sequence[Row]) -> str:
     """Returns what an answer and a right answer of each policy cost."""
     quantities = {'reference_tokens': ('reference tokens', 1.0), 'value_tokens': ('value tokens', 1.0),
                   'flops': ('GFLOP', 1e9), 'bytes': ('GB', 1e9), 'seconds': ('s', 1.0)}
-    lines = [['policy', 'η', 'pass@1 %', *(f'{title} per {what}' for what in ('answer', 'right answer')
-                                           for title, _ in quantities.values())]]
+    lines = [['policy', 'order', 'η', 'pass@1 %', 'KL, nats',
+              *(f'{title} per {what}' for what in ('answer', 'right answer') for title, _ in quantities.values())]]
     for row in rows:
         for policy in row['policies']:
             costs = [(policy[f'{name}_per_{what}'], unit) for what in ('answer', 'right_answer')
                      for name, (_, unit) in quantities.items()]
-            lines.append([report.name(policy), f'{policy["eta"]:g}' if report.has_eta(policy) else '',
-                          f'{100 * policy["pass@1"]:.1f}',
+            guided = report.has_eta(policy)
+            lines.append([report.name(policy), policy['order'] if guided else '',
+                          f'{policy["eta"]:g}' if guided else '', f'{100 * policy["pass@1"]:.1f}',
+                          f'{policy["kl"]:.2f}',
                           *('' if cost is None or math.isnan(cost) else f'{cost / unit:,.3g}'
                             for cost, unit in costs)])
     return _markdown(lines)
@@ -190,8 +227,8 @@ def ledger_table(rows: Sequence[Row]) -> str:
 
 TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
     'decode': decode_table, 'speculation': speculation_table, 'peer': peer_table, 'collect': collect_table,
-    'fit': fit_table, 'startup': startup_table, 'ledger': ledger_table,
-    'growth': growth.table}
+    'fit': fit_table, 'profile': profile_table, 'startup': startup_table, 'nucleus': nucleus_table,
+    'ledger': ledger_table, 'growth': growth.table}
 
 
 def _sides(rows: Sequence[Row]) -> list[str]:

@@ -36,6 +36,7 @@ class Guide:
       candidates: likewise.
       draft: likewise.
       spared: whether our value passes leave out what cannot matter (`types.Value.ragged`).
+      spread: of our value network's opinions, as a multiple of what they are in all other measurements.
       temperature: of the sampler.
       top_p: of the sampler.
     """
@@ -47,6 +48,7 @@ class Guide:
     candidates: int = 20
     draft: int = 0
     spared: bool = True
+    spread: float = 1.0
     temperature: float = 0.8
     top_p: float = 0.9
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, measure, tables, workload
+from benchmarks import acceptance, cases, measure, profiles, tables, workload
 from benchmarks.workload import Guide
 from qsharp_jax import decoding
 from qsharp_jax.data.arithmetic import solve
@@ -138,11 +138,64 @@ def test_every_case_has_a_table_and_a_place_for_it():
 
 
 def test_a_table_of_decoding_beside_what_arithmetic_says():
-    replies = {'unguided': [{'seconds': 1, 'tokens': 90}], 'guided': [{'seconds': 2, 'tokens': 90}]}
-    work = {'unguided': {'parameters': 30, 'flops': 10}, 'guided': {'parameters': 40, 'flops': 50}}
+    replies = {'unguided': [{'seconds': 1, 'tokens': 90}],
+               'guided': [{'seconds': 2, 'tokens': 90, 'value_tokens': 270}]}
+    work = {'unguided': {'parameters': 30, 'flops': 10},
+            'guided': {'parameters': 40, 'flops': 50, 'flops_a_value_token': 2}}
     row = measure.result('decode/batch=2', {}, replies, 'unguided', work=work)
     last = tables.decode_table([row]).splitlines()[-1]
-    assert last == '| batch 2, guided | 45 (45 – 45) | 0.50 (0.50 – 0.50) | 0.75 | 0.20 |'
+    assert last == '| batch 2, guided | 45 (45 – 45) | 0.50 (0.50 – 0.50) | 0.75 | 0.20 | 0.62 | 3.0 |'
+
+
+def test_time_is_of_the_innermost_operation_and_divided_among_threads():
+    one = [profiles.Event(0, 10, 'loop'), profiles.Event(2, 6, 'a'), profiles.Event(6, 8, 'b'),
+           profiles.Event(14, 16, 'a')]
+    other = [profiles.Event(4, 7, 'b')]
+    assert profiles.divided([one]) == {'loop': 4 + 4, 'a': 6, 'b': 2}
+    # From 4 to 6 beside 'a', from 6 to 7 beside another 'b'. From 10 to 14 nothing runs.
+    assert profiles.divided([one, other]) == {'loop': 4 + 4, 'a': 5, 'b': 3}
+    assert profiles.divided([]) == {}
+
+
+@pytest.mark.parity
+def test_a_profile_tells_the_parts_of_a_step_apart(tmp_path, monkeypatch):
+    ours, peer = tiny_sides(tmp_path, monkeypatch)
+    shape = dict(batch=3, prompt=64, layers=2, dtype='float32', tokens=4, guide=Guide(candidates=5).message())
+    found = ours.profile_decode(**shape, room=8)
+    for part in ('reference, products with weights', 'reference, attention', 'value network, products with weights',
+                 'value network, attention', 'choice of candidates', 'law and draw'):
+        assert found[part] > 0
+    assert peer.profile_decode(**shape)['products'] > 0
+    ours.prepare_fit(samples='equal', samples_per_row=1, batch=16, layers=2)
+    peer.prepare_fit(samples='equal', batch=16, layers=2)
+    found = ours.profile_fit('equal')
+    for part in ('forward, products with weights', 'backward, products with weights', 'backward, attention',
+                 'loss, clipping and optimizer'):
+        assert found[part] > 0
+    assert peer.profile_fit('equal')['products'] > 0
+    row = {'name': 'profile/fit', 'parts': {'ours': {'some': 1.0, 'more': 3.0}}}
+    lines = tables.profile_table([row]).splitlines()
+    assert lines[2:] == ['| more | 3 | 75% |', '| some | 1 | 25% |', '| all | 4 |  |']
+
+
+@pytest.mark.parity
+def test_how_many_tokens_the_nucleus_holds(tmp_path, monkeypatch):
+    ours, _ = tiny_sides(tmp_path, monkeypatch)
+    sizes = ours.nucleus(batch=3, prompt=64, tokens=4)
+    assert len(sizes) == 12 and 1 <= min(sizes) and max(sizes) < 50
+    assert len(set(sizes)) > 1
+
+
+def test_drafts_taken_beside_theory(tmp_path):
+    replies = {label: [{'seconds': 1, 'tokens': 8}] for label in ('unguided', 'draft of 1')}
+    row = measure.result('speculation/acceptance/spread=2', {'tokens': 10}, replies, 'unguided',
+                         tokens_a_step={'unguided': 1.0, 'draft of 1': 1.6}, kl={'unguided': 1.0, 'draft of 1': 1.8})
+    assert acceptance.measured(row) == pytest.approx((0.08, 0.6))
+    assert acceptance.least(0.08) == pytest.approx(0.8 / 1.2)
+    assert acceptance.least(5.0) == 0 and acceptance.least(0) == 1
+    assert acceptance.lines([row])[1] == ['2', '0.600', '0.0800', '0.667']
+    acceptance.draw([row], str(tmp_path / 'drawn.png'))
+    assert (tmp_path / 'drawn.png').stat().st_size > 1000
 
 
 def tiny_sides(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from qsharp_jax.categorical import ReturnDistribution
 from qsharp_jax.decoding.state import DecodeState
 from qsharp_jax.types import Array, Cache, Params, Policy, Value, ValueBlock, ValueScores
 
+CANDIDATES, VALUE_PASS = 'candidates', 'value_pass'  # what profiles call their choice, and each pass over them
 _MOST_ROOTS = 4  # chosen tokens that wait for one pass: more seldom do, and attention is over rows of as many
 _UNKNOWN = 1.0  # nats below the greatest possible weight: what candidates are expected to weigh where nothing is known
 
@@ -165,7 +166,8 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
         # Slots of roots that are not real are written with anything: a row that has none writes behind what it holds.
         behind = jnp.where(further.known > 0, state.length + int(value.scores_root), state.value_length + begin.known)
         length = jnp.where(initial, state.value_length, behind)
-        scores, cache = value.score(params, block, length, carry.cache)
+        with jax.named_scope(VALUE_PASS):
+            scores, cache = value.score(params, block, length, carry.cache)
         scored, given = _add(how, each, block, carry.ids, carry.wanted, scores, carry.scored)
         return _Passes(carry.number + 1, scored, *(left(scored) if several else (carry.ids, carry.wanted)), cache,
                        jnp.where(initial, scores.roots, carry.roots), carry.spent + given)

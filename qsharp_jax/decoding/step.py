@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from qsharp_jax import guidance, sharding
-from qsharp_jax.decoding.candidates import Guidance, score_candidates, Scored, spread
+from qsharp_jax.decoding.candidates import CANDIDATES, Guidance, score_candidates, Scored, spread
 from qsharp_jax.decoding.state import DecodeState, is_eos
 from qsharp_jax.types import Array, Cache, Params, Policy, Reference
 
+REFERENCE_PASS = 'reference_pass'  # what profiles call it
 _LAWS = 2 ** 27  # bytes a device, about eight times its logits, above which rows are worked out by parts
 
 
@@ -60,7 +61,8 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
     there = state.active[:, None] & (state.count[:, None] + ahead < state.limit[:, None]) & (ends == 0)
     scored = None
     if how.value is not None:
-        scored, state = score_candidates(how, value_params, state, policy, logits, tokens, there)
+        with jax.named_scope(CANDIDATES):
+            scored, state = score_candidates(how, value_params, state, policy, logits, tokens, there)
     flat, count = logits.reshape(-1, logits.shape[-1]), (state.count[:, None] + ahead).reshape(-1)
     each, keys = jax.tree.map(functools.partial(spread, places=places), (policy, state.keys))
     token, mean, weight, kl = (part.reshape(-1, places) for part in sharding.map_rows(
@@ -79,7 +81,8 @@ def _read(reference: Reference, params: Params, policy: Policy, state: DecodeSta
     token, length = sharding.constrain_rows((state.pending, state.length), like=policy.eta)
 
     def one(token: Array, place: Array | int, cache: Cache) -> tuple[Array, Cache]:
-        logits, cache = reference.step(params, token, length + place, cache)
+        with jax.named_scope(REFERENCE_PASS):
+            logits, cache = reference.step(params, token, length + place, cache)
         # The law of a row is worked out whole: split over the vocabulary, its sorting would cross devices each time.
         return sharding.spread_rows(logits), cache
 
