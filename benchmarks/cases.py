@@ -60,6 +60,7 @@ class Sides:
         self._workers: dict[str, Worker] = {}
         self._exported: set[tuple[int, int]] = set()
         self.agreements: dict[str, Row] = {}
+        self.fits: dict[str, dict[str, Row]] = {}
 
     @property
     def ours(self) -> Worker:
@@ -120,10 +121,13 @@ def decode(sides: Sides) -> Iterator[Row]:
         shape = dict(batch=batch, prompt=prompt, layers=layers, dtype='float32', room=ROOM)
         prefill = {'ours': _warm(sides.ours, 'prefill', **shape)}
         tokens = new_tokens(batch)
+        # What else guidance may be takes the time of guidance: beside each other once is enough.
+        guides = {label: guide for label, guide in GUIDES.items()
+                  if sides.full or batch == 16 or label in ('unguided', 'guided', 'after_sampler')}
         contenders = {label: Contender(sides.ours, 'decode', {**shape, 'tokens': tokens, 'guide': guide.message()})
-                      for label, guide in GUIDES.items()}
+                      for label, guide in guides.items()}
         work = {label: sides.ours.call('work', prompt=prompt, layers=layers, guide=guide.message())
-                for label, guide in GUIDES.items()}
+                for label, guide in guides.items()}
         yield measure.result(name, {**shape, 'tokens': tokens}, measure.alternate(contenders, REPEATS), 'unguided',
                              prefill=prefill, work=work)
 
@@ -207,7 +211,7 @@ def collect(sides: Sides) -> Iterator[Row]:
     """
     name = 'collect/batch=8'
     if sides.wanted(name):
-        shape = dict(prompts=16, samples=8, batch=8, room=ROOM, layers=8)
+        shape = dict(prompts=12, samples=8, batch=8, room=ROOM, layers=8)
         asked = {label: {**shape, 'guide': GUIDES[label].message()} for label in ('unguided', 'guided')}
         for arguments in asked.values():
             sides.ours.call('collect', **{**arguments, 'samples': 1})  # compiled, for any number of units
@@ -231,15 +235,18 @@ def fit(sides: Sides) -> Iterator[Row]:
 
 
 def _prepare_fit(sides: Sides, samples: str) -> dict[str, Row]:
-    """Returns what either side computes in a pass over those samples."""
-    per_row, batch = FITS[samples]
-    return {'ours': sides.ours.call('prepare_fit', samples=samples, samples_per_row=per_row, batch=batch, layers=8),
+    """Has either side make ready for a pass over those samples, once, and returns what it computes in it."""
+    if samples not in sides.fits:
+        per_row, batch = FITS[samples]
+        sides.fits[samples] = {
+            'ours': sides.ours.call('prepare_fit', samples=samples, samples_per_row=per_row, batch=batch, layers=8),
             PEER: sides.peer().call('prepare_fit', samples=samples, batch=16, layers=8)}
+    return sides.fits[samples]
 
 
 def profile(sides: Sides) -> Iterator[Row]:
     """Where the time of a step of decoding and of an update goes, on either side, by its own profiler."""
-    for label in ('unguided', 'guided', 'after_sampler'):
+    for label in ('guided', 'after_sampler'):
         name = f'profile/decode/batch=16/{label}'
         if sides.wanted(name):
             tokens = new_tokens(16)
@@ -265,7 +272,7 @@ def startup(sides: Sides) -> Iterator[Row]:
     """From a fresh process to the first token; and a second batch of another size."""
     for label in ('unguided', 'guided'):
         name = f'startup/{label}'
-        if not sides.wanted(name):
+        if not sides.wanted(name) or not (sides.full or sides.named or label == 'guided'):
             continue
         sides.export(8, 64)
         asked = dict(layers=8, guide=GUIDES[label].message())
