@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from benchmarks import profiles, workload
 from benchmarks.workload import Guide
-from qsharp_jax import categorical, decoding, learner, ledger, references, rollout, sharding
+from qsharp_jax import allocation, categorical, decoding, learner, ledger, references, rollout, sharding
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
 from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches
 from qsharp_jax.data.prompts import Prompts
@@ -45,6 +45,7 @@ class Side:
     """Our networks, and what is measured of them. Each public method is a call of the protocol in worker.py."""
 
     def __init__(self) -> None:
+        allocation.keep_freed_memory()  # as every entry point does
         self._distribution = categorical.make('bernoulli', 0.0, 1.0, 2, 'nearest', 0.75)
         self._pairs: list[tuple[str, str]] = []
         self._folder = Path()

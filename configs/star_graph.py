@@ -17,6 +17,7 @@ import ml_collections
 
 from configs import default
 
+BASELINES = 'reinforce', 'reinforce_greedy', 'grpo', 'dpo', 'rpo'
 GRAPHS = {'': (2, 5), '_5_5': (5, 5), '_3_8': (3, 8)}  # degree and path length, by the ending of a size
 
 
@@ -132,7 +133,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.fit.frozen_layers = 3
     config.fit.epochs = 6.0
     config.fit.warmup_steps = 100
-    config.baselines.methods = ('reinforce', 'reinforce_greedy', 'grpo', 'dpo', 'rpo')
+    config.baselines.methods = BASELINES
     config.baselines.value_on_pairs = True
     config.baselines.epochs = 4.0
     config.eval.methods = ('cd', 'fudge', 'qsharp')
@@ -166,7 +167,7 @@ def _paper(config: ml_collections.ConfigDict) -> None:
     config.fit.warmup_steps = 1484
     config.fit.schedule = 'cosine'
     config.fit.end_share = 0.1
-    config.baselines.methods = ('reinforce', 'reinforce_greedy', 'grpo', 'dpo', 'rpo')
+    config.baselines.methods = BASELINES
     config.baselines.value_on_pairs = True
     config.baselines.answers = 2_000_000  # 10 passes
     config.baselines.accumulate = 4  # the logits of GPT-2's vocabulary take most memory

@@ -10,6 +10,7 @@ import traceback
 
 import ml_collections
 
+from qsharp_jax import allocation
 from qsharp_jax import config as config_lib
 
 _PACKAGE = str(Path(__file__).resolve().parent) + os.sep
@@ -24,6 +25,8 @@ def main(run: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
       run: what to run, given the arguments after the program's name.
       argv: those arguments; None takes the command line.
     """
+    if argv is None:  # a program of its own
+        allocation.keep_freed_memory()
     try:
         run(sys.argv[1:] if argv is None else argv)
     except ValueError as error:

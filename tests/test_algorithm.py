@@ -35,6 +35,7 @@ def test_the_distances_shrink_with_the_roll_outs_as_they_should():
     assert noisy()['kl'][-1].max() < 0.01
 
 
+@pytest.mark.slow
 def test_the_value_gap_is_eta_times_the_divergence():
     np.testing.assert_allclose(noisy()['value_gap'], oracle.ETA * noisy()['kl'], atol=1e-9)
 

@@ -16,6 +16,8 @@ from qsharp_jax.data import tokenizers
 from qsharp_jax.models import pretrained
 from tests import published, test_pairs, tiny
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 RUN = {'value__head_init': 'normal', 'task__template': '{question}'}
 PROMPTS = ['What is 2 + 3?', 'Name a colour.']
 
@@ -27,18 +29,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             test_pairs.write(root / 'value', test_pairs.VALUE, 1))
 
 
-@pytest.fixture(autouse=True)
-def one_device() -> Iterator[None]:
-    with tiny.devices(1):
-        yield
-
-
 @pytest.fixture(scope='module')
 def workdir(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose value network has strong opinions."""
     root = tmp_path_factory.mktemp('run')
-    with tiny.devices(1):
-        return tiny.run_of_opinions(test_pairs.config_of(folders, root, **RUN), root / 'run')
+    return tiny.run_of_opinions(test_pairs.config_of(folders, root, **RUN), root / 'run')
 
 
 def answers(folders: tuple[Path, Path], *arguments: str) -> list[str]:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import from its own row and from the rows above it.
 LAYERS = (
-    ('types',),
+    ('types', 'allocation'),
     ('categorical', 'guidance', 'estimators', 'calibration'),
     ('config_rules', 'config', 'progress', 'metrics', 'cli', 'report'),
     ('sharding', 'topology', 'hlo', 'optimizers', 'data', 'rewards', 'models', 'decoding'),

@@ -1,7 +1,6 @@
 """Two checkpoints at work together: the one is the reference, the other becomes the value network."""
 from __future__ import annotations
 
-from collections.abc import Iterator
 import dataclasses
 import json
 from pathlib import Path
@@ -24,6 +23,8 @@ from qsharp_jax.models.pretrained import safetensors
 from qsharp_jax.models.transformer import TransformerConfig
 from qsharp_jax.types import Params
 from tests import small_tokenizers, tiny
+
+pytestmark = pytest.mark.usefixtures('one_device')
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENT = json.loads(small_tokenizers.trained('llama3'))
@@ -73,12 +74,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp('pair')
     return (write(root / 'reference', REFERENCE, 0),
             write(root / 'value', VALUE, 1, renamed('<|reserved_special_token_0|>', '<|step_id|>')))
-
-
-@pytest.fixture(autouse=True)
-def one_device() -> Iterator[None]:
-    with tiny.devices(1):
-        yield
 
 
 def config_of(folders: tuple[Path, Path], tmp_path: Path, **changes: Any) -> ml_collections.ConfigDict:
@@ -183,6 +178,7 @@ def test_bfloat16_reference_is_kept_in_bfloat16(folders: tuple[Path, Path], tmp_
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(parts.init_value_params())} == {'float32'}
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.filterwarnings('ignore:the tokenizers of reference and value.source differ in 1 special')
 def test_a_whole_run_and_its_networks_out(

@@ -124,7 +124,7 @@ def test_spliced_answers_are_those_of_two_passes(rows, cut, budget):
     assert drawn.written == sum(expected.roll_in + np.asarray(expected.count) - expected.cut - 1)
 
 
-@pytest.mark.parametrize('rows', (8, 32))
+@pytest.mark.parametrize('rows', (pytest.param(8, marks=pytest.mark.slow), 32))
 def test_eight_devices_draw_the_same(rows):
     of, config = policies(), rollout.RolloutConfig(MOST)
     eight = mesh_of(8)

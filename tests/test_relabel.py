@@ -15,7 +15,7 @@ from tests import tiny
 LONG = 'def long(completions):\n    return [min(len(text), 8) / 8 for text in completions]\n'
 
 
-pytestmark = pytest.mark.usefixtures('one_device')
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.usefixtures('one_device')]
 
 
 @pytest.fixture(scope='module')
@@ -38,8 +38,6 @@ def refuse_to_roll_out(*args: object) -> None:
     raise AssertionError('decoded')
 
 
-@pytest.mark.slow
-@pytest.mark.whole
 def test_another_reward_grades_the_rollouts_of_every_iteration_and_draws_none(
         first: Path, data: Path, reward: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,8 +65,6 @@ def test_another_reward_grades_the_rollouts_of_every_iteration_and_draws_none(
     train.run(config, workdir)
 
 
-@pytest.mark.slow
-@pytest.mark.whole
 def test_later_iterations_are_drawn_and_one_alone_says_nothing_of_coverage(
         first: Path, data: Path, reward: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny.config(data, reward=reward, value__head='categorical', iterations=1)
@@ -84,7 +80,6 @@ def test_later_iterations_are_drawn_and_one_alone_says_nothing_of_coverage(
         train.run(tiny.config(data, reward=reward, value__head='categorical'), tmp_path / 'one', relabel_from=first)
 
 
-@pytest.mark.whole
 def test_rollouts_that_this_run_would_not_draw_are_refused(
         first: Path, data: Path, reward: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match='collect.samples was 2, now 3; sampling.top_p was 1.0, now 0.9'):

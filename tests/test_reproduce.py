@@ -49,6 +49,7 @@ def run(overrides: list[tuple[str, str]], root: Path) -> Path:
     return root / 'tiny' / 'arithmetic'
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_a_variant_takes_what_is_there_and_goes_on_where_it_stopped(
         run: Path, root: Path, overrides: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch,

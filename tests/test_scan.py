@@ -175,9 +175,10 @@ def test_part_of_a_stack_cannot_be_frozen(tmp_path: Path):
     assert config_rules.CHOICES['reference.scan_layers'] == ('auto', 'yes', 'no')
 
 
+@pytest.mark.parametrize('stacked', [False, True])
 @pytest.mark.parametrize('name', ['llama', 'gpt2'])
-def test_rows_that_attend_by_parts_see_what_all_see_at_once(name, monkeypatch):
-    (_, _), (config, stack) = both(name)
+def test_rows_that_attend_by_parts_see_what_all_see_at_once(name, stacked, monkeypatch):
+    config, params = both(name)[stacked]
     tokens, lengths = make_tokens((4, 9)), jnp.array([9, 4, 1, 6])
 
     def written(params):
@@ -188,14 +189,14 @@ def test_rows_that_attend_by_parts_see_what_all_see_at_once(name, monkeypatch):
     def pulled(params):
         return jax.grad(lambda params: jnp.sum(plain_hidden(config, params, tokens) ** 2))(params)
 
-    expected = quick_jit(written)(stack), quick_jit(pulled)(stack)
+    expected = quick_jit(written)(params), quick_jit(pulled)(params)
     calls = []
     attend = attention.attend
     monkeypatch.setattr(attention, 'attend', lambda query, *others: calls.append(len(query)) or attend(query, *others))
     for limit in ('_SCORES', '_CACHED_SCORES'):
         monkeypatch.setattr(attention, limit, 0)
     monkeypatch.setattr(sharding, '_PART', 1)
-    close(quick_jit(lambda params: written(params))(stack), expected[0])
+    close(quick_jit(lambda params: written(params))(params), expected[0])
     jax.clear_caches()  # traced without the limits
-    close(jax.jit(pulled)(stack), expected[1])
+    close(jax.jit(pulled)(params), expected[1])
     assert set(calls) == {1}

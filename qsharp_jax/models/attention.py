@@ -19,7 +19,7 @@ HIDDEN = -1e30  # the score of a key that is not seen: finite, so that no row ma
 QUERIES = 128  # attended to the keys up to them and no further ones, together
 PARTS = 8  # that the queries are split into at most: half of the keys are spared, and programs stay short
 _SCORES = 2 ** 28  # bytes of attention scores a device, above which rows attend by parts
-_CACHED_SCORES = 2 ** 25  # the same over a stack of caches
+_CACHED_SCORES = 2 ** 25  # the same over caches
 
 
 class Attention(nn.Module):
@@ -84,18 +84,17 @@ class Attention(nn.Module):
             def alone(query: Array, key: Array, value: Array, mask: Array) -> Array:
                 return attend(query, key, value, mask, None, None, scale)
             return sharding.map_rows(alone, new, scores * block_mask.shape[-1], _SCORES)
-        if len(cached) == 2:
-            return attend(*new, (cached[0], cached[1]), cache_mask, scale)
-        keys, values, layer = cached
-        last, _ = slots_last(self.config)
+        keys, values, *layer = cached
 
-        # The layer is picked inside, by the products that read it: before the parts it would be copied.
+        # The layer of a stack is picked inside, by the products that read it: before the parts it would be copied.
         def beside(query: Array, key: Array, value: Array, mask: Array, cache_mask: Array, keys: Array,
                    values: Array) -> Array:
-            keys, values = (jax.lax.dynamic_index_in_dim(stack, layer, 1, keepdims=False) for stack in (keys, values))
-            turned = (values if last else keys).swapaxes(-1, -2)
-            old = (keys, turned) if last else (turned, values)
-            return attend(query, key, value, mask, old, cache_mask, scale)
+            if layer:
+                keys, values = (
+                    jax.lax.dynamic_index_in_dim(stack, layer[0], 1, keepdims=False) for stack in (keys, values))
+                turned = (values if slots_last(self.config)[0] else keys).swapaxes(-1, -2)
+                keys, values = (keys, turned) if slots_last(self.config)[0] else (turned, values)
+            return attend(query, key, value, mask, (keys, values), cache_mask, scale)
 
         return sharding.map_rows(
             beside, (*new, cache_mask), scores * cache_mask.shape[-1], _CACHED_SCORES, fixed=(keys, values))
