@@ -91,14 +91,15 @@ def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int] | 
     how = experiment.guidance(method) if policies[0].guided else decoding.Guidance()
     queue: Queue | None = None
     rows: list[Row] = []
-    total = len(which) * samples * len(policies)
+    drawn = sum(1 if policy.temperature == 0 else samples for policy in policies)  # answers to each question
+    total = len(which) * drawn
     with progress.bar(f'evaluate {name.replace("_", " ")} on {split}', total=total, unit='answers') as bar:
         for number, first in enumerate(range(0, len(which), block_examples)):
             path = directory / f'block_{number:05d}.jsonl'
             chosen = which[first:first + block_examples]
             if path.exists():
                 done = _read_block(experiment, prompts, path)
-                bar.update(len(done))
+                bar.update(len(chosen) * drawn)
             else:
                 # Made for the first block that is missing: rows and their caches take memory.
                 queue = queue or experiment.queue(
@@ -157,7 +158,27 @@ def _number(value: float) -> float | None:
 def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluated], split: str, queue: Queue,
             which: Sequence[int] | np.ndarray, samples: int, ended: Callable[[int, float], None],
             divergence: Divergence | None) -> list[Row]:
-    """Returns the graded rows of one block."""
+    """Returns the graded rows of one block.
+
+    A greedy answer does not depend on its noise: it is drawn once, and is each of the samples.
+    """
+    greedy = [number for number, policy in enumerate(policies) if policy.temperature == 0]
+    others = [number for number in range(len(policies)) if number not in greedy]
+    rows: list[Row] = []
+    for numbers, count in ((others, samples), (greedy, 1)):
+        if numbers:
+            own = _drawn(experiment, prompts, [policies[number] for number in numbers], split, queue, which, count,
+                         ended, divergence)
+            rows += [{**row, 'policy': numbers[row['policy']], 'sample': row['sample'] + more}
+                     for row in own for more in range(0, samples, count)]
+    _vote(experiment, rows)
+    return rows
+
+
+def _drawn(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluated], split: str, queue: Queue,
+           which: Sequence[int] | np.ndarray, samples: int, ended: Callable[[int, float], None],
+           divergence: Divergence | None) -> list[Row]:
+    """Returns rows without votes, with the number of its policy among those given in each."""
     began = time.perf_counter()
     drawn = queue.draw(
         which, samples, experiment.policies([p.eta for p in policies], [p.temperature for p in policies]), ended)
@@ -180,7 +201,6 @@ def _answer(experiment: Experiment, prompts: Prompts, policies: Sequence[Evaluat
             'kl': float(kl[i]), 'truncated': not read.ended[i], 'seconds': seconds,
             'occupancy': drawn.occupancy, **{name: float(amounts[i]) for name, amounts in work._asdict().items()},
         })
-    _vote(experiment, rows)
     return rows
 
 

@@ -183,6 +183,23 @@ def test_finished_blocks_are_read_back(tmp_path, asked, experiment):
     assert len(asked) == 5 * 3 * 2
 
 
+def test_a_greedy_answer_is_drawn_once_and_is_every_sample(experiment, monkeypatch):
+    drawn = []
+
+    def draw(experiment, prompts, policies, split, queue, which, samples, ended, divergence):
+        drawn.append(([policy.temperature for policy in policies], samples))
+        return [{'id': int(prompts.ids[index]), 'sample': sample, 'policy': number, 'text': f'{policy.temperature}'}
+                for index, sample, (number, policy) in itertools.product(which, range(samples), enumerate(policies))]
+    monkeypatch.setattr(evaluate, '_drawn', draw)
+    monkeypatch.setattr(evaluate, '_vote', lambda experiment, rows: None)
+    policies = [Evaluated('reference', 0, math.inf, temperature) for temperature in (1.0, 0.0, 0.7)]
+    rows = evaluate.samples_of(experiment, PROMPTS, np.arange(5), policies, None, 'test', 3, 4, 5)
+    assert drawn == [([1.0, 0.7], 3), ([0.0], 1)]
+    assert [(row['policy'], row['id'], row['sample']) for row in rows] == [
+        (policy, example, sample) for policy in range(3) for example in (2, 4, 6, 8, 9) for sample in range(3)]
+    assert all(row['text'] == f'{policies[row["policy"]].temperature}' for row in rows)
+
+
 def test_a_changed_reward_grades_finished_blocks_anew(tmp_path, asked, experiment, monkeypatch):
     def ask():
         del asked[:]
