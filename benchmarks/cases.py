@@ -246,9 +246,9 @@ def _prepare_fit(sides: Sides, samples: str) -> dict[str, Row]:
 
 def profile(sides: Sides) -> Iterator[Row]:
     """Where the time of a step of decoding and of an update goes, on either side, by its own profiler."""
-    for label in ('guided', 'after_sampler'):
+    for label in ('unguided', 'guided', 'after_sampler'):
         name = f'profile/decode/batch=16/{label}'
-        if sides.wanted(name):
+        if sides.wanted(name) and (sides.full or sides.named or label != 'unguided'):
             tokens = new_tokens(16)
             asked = dict(batch=16, prompt=64, layers=8, dtype='float32', tokens=tokens, guide=GUIDES[label].message())
             yield _profiled(name, asked, sides.ours.call('profile_decode', **asked, room=ROOM),
