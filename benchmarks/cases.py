@@ -121,7 +121,7 @@ def decode(sides: Sides) -> Iterator[Row]:
         shape = dict(batch=batch, prompt=prompt, layers=layers, dtype='float32', room=ROOM)
         prefill = {'ours': _warm(sides.ours, 'prefill', **shape)}
         tokens = new_tokens(batch)
-        # What else guidance may be takes the time of guidance: beside each other once is enough.
+        # CD and several eta at one batch alone, to save time.
         guides = {label: guide for label, guide in GUIDES.items()
                   if sides.full or batch == 16 or label in ('unguided', 'guided', 'after_sampler')}
         contenders = {label: Contender(sides.ours, 'decode', {**shape, 'tokens': tokens, 'guide': guide.message()})

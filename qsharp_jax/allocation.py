@@ -11,8 +11,8 @@ def keep_freed_memory() -> bool:
     """Has the C library keep what is freed, and returns whether it does; to be called before other threads start.
 
     On CPU, XLA allocates what a program needs in between anew each time it runs. glibc gives pieces of more than 32 MiB
-    back to the system at once, whose pages are then made anew as well: for a gradient step of gigabytes that is a
-    tenth to a third of its time (docs/performance.md). Other C libraries are left as they are.
+    back to the system at once, whose pages are then made anew as well: gigabytes of them in each gradient step
+    (docs/performance.md). Other C libraries are left as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
