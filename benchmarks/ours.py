@@ -389,7 +389,7 @@ def _law(reference: Reference, how: decoding.Guidance, params: Params, values: P
     logits, cache = reference.step(params, state.pending, state.length, state.reference_cache)
     state, scored = dataclasses.replace(state, reference_cache=cache), None
     if how.value is not None:
-        scored, state = score_candidates(
+        scored, state, _ = score_candidates(
             how, values, state, policy, logits[:, None], state.pending[:, None], state.active[:, None])
     return law(how, policy, state.count, logits, scored), state
 

@@ -79,7 +79,7 @@ def test_a_constant_value_changes_nothing_under_mean():
     def score(params, block, length, cache):
         found = (jnp.full((*tokens.shape, 1), 0.7) for tokens in (block.roots, block.candidates))
         return types.ValueScores(*found), cache
-    constant = dataclasses.replace(VALUE, score=score)
+    constant = dataclasses.replace(VALUE, score=score, keep=None)
     etas = np.tile([1e-3, 0.1, 1.0, np.inf], 3)
     temperature = np.repeat([1.0, 0.7, 0.0], 4)
     plain = write(PLAIN, policy_of(etas, temperature, top_p=0.9), ROWS, SAMPLES)
@@ -219,13 +219,27 @@ def test_what_is_spared_changes_no_answer(order, outside):
     """Rows without a choice, tokens that are cut whatever they weigh, chosen tokens that wait: the same answers."""
     policy = policy_of(np.tile([1.0, 2.0, 8.0, np.inf], 3), np.repeat([0.3, 0.6, 0.0], 4), top_p=np.tile([0.5, 0.8], 6))
     how = decoding.Guidance(VALUE, BERNOULLI, candidates=6, order=order, outside=outside)
-    plain = dataclasses.replace(how, value=dataclasses.replace(VALUE, ragged=False))
-    spared, whole = (write(each, policy, ROWS, SAMPLES) for each in (how, plain))
-    assert answers(spared) == answers(whole)
-    np.testing.assert_allclose(spared.kl, whole.kl, rtol=1e-5, atol=1e-6)
-    assert np.all(np.asarray(spared.value_tokens) <= np.asarray(whole.value_tokens))
+    plain = dataclasses.replace(how, value=dataclasses.replace(VALUE, ragged=False, keep=None))
+    read_again = dataclasses.replace(how, value=dataclasses.replace(VALUE, keep=None))
+    spared, again, whole = (write(each, policy, ROWS, SAMPLES) for each in (how, read_again, plain))
+    for other in (spared, again):
+        assert answers(other) == answers(whole)
+        np.testing.assert_allclose(other.kl, whole.kl, rtol=1e-5, atol=1e-6)
     most = 1.0 if (order, outside) == ('paper', 'soft_bellman') else 0.9
-    assert np.sum(spared.value_tokens) < most * np.sum(whole.value_tokens)
+    for fewer, more, share in ((spared, again, 0.95), (again, whole, most)):
+        assert np.all(np.asarray(fewer.value_tokens) <= np.asarray(more.value_tokens))
+        assert np.sum(fewer.value_tokens) < share * np.sum(more.value_tokens)
+
+
+def test_a_candidate_that_was_chosen_weighs_as_a_root_what_it_weighed():
+    """What its candidates leave to other tokens is told by the weight of the token before."""
+    how = decoding.Guidance(VALUE, BERNOULLI, candidates=3, outside='soft_bellman')
+    again = dataclasses.replace(how, value=dataclasses.replace(VALUE, keep=None))
+    policy = policy_of(np.tile([0.05, 0.2, 1.0, 3.0], 3))
+    kept, read_again = (write(each, policy, ROWS, SAMPLES) for each in (how, again))
+    assert np.sum(kept.value_tokens) < np.sum(read_again.value_tokens)
+    assert answers(kept) == answers(read_again)
+    np.testing.assert_allclose(kept.kl, read_again.kl, rtol=1e-5, atol=1e-6)
 
 
 def test_all_policies_share_one_compilation():

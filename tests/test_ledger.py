@@ -116,13 +116,19 @@ def test_the_decoder_counts_what_it_gives_the_value_network(guided, kind):
     params = transformer.init_params(jax.random.key(0), config)
     values = value_lib.init_value_params(jax.random.key(1), value_config, params, config)
     how = decoding.Guidance(networks.value(config, value_config), categorical.make('bernoulli', 0, 1, 2, 'nearest', 1.),
-                            candidates=5) if guided else decoding.Guidance()
+                            candidates=13) if guided else decoding.Guidance()
     reference, limit = networks.reference(config), jnp.array([3, 0, 7])
     rows = jnp.zeros(3, jnp.int32)
     state = decoding.start(
         reference, how.value, params, values, jnp.array([[1, 2, 3]]), jnp.array([3]), rows,
         decoding.unit_keys(0, 0, 'evaluate', rows, jnp.arange(3)), limit, 7)
     policy = Policy(*(jnp.full(3, number) for number in (0.1, 1.0)), jnp.zeros(3, jnp.int32), jnp.ones(3), jnp.ones(3))
+    again = how if how.value is None else dataclasses.replace(how, value=dataclasses.replace(how.value, keep=None))
+    again = decoding.decode(reference, again, params, values, policy, jax.tree.map(jnp.copy, state), ())
     state = decoding.decode(reference, how, params, values, policy, state, ())
-    each = 0 if not guided else 6 if kind == 'v' else 1
-    np.testing.assert_array_equal(state.value_tokens, each * limit)
+    np.testing.assert_array_equal(again.value_tokens, limit * (0 if not guided else 14 if kind == 'v' else 1))
+    # All tokens are candidates here: each chosen one has been read, but for the last of the prompt.
+    read = 13 * limit + (limit > 0) if guided and kind == 'v' else again.value_tokens
+    np.testing.assert_array_equal(state.value_tokens, read)
+    np.testing.assert_array_equal(state.tokens, again.tokens)
+    np.testing.assert_allclose(state.values, again.values, atol=1e-6)

@@ -9,11 +9,11 @@ from qsharp_jax.models import ragged
 from qsharp_jax.models.ragged import WIDTH
 
 
-@pytest.mark.parametrize('shards', [1, 2])
+@pytest.mark.parametrize('rows, shards', ((8, 1), (8, 2), (2, 2), (1, 1)))
 @pytest.mark.parametrize('seed', range(12))
-def test_every_token_is_in_one_tile_of_its_row(seed, shards):
+def test_every_token_is_in_one_tile_of_its_row(seed, rows, shards):
     rng = np.random.default_rng(seed)
-    rows, length = 8, 40
+    length = 40
     most = rng.integers(0, 12, rows) * (rng.random(rows) < 0.7)
     if seed == 0:
         most[:] = 1  # the most tiles for their tokens: a token each
@@ -27,18 +27,24 @@ def test_every_token_is_in_one_tile_of_its_row(seed, shards):
     assert laid.tiles is not None
     names = np.arange(rows * length).reshape(rows, length)  # of the places
     flat = np.asarray(laid.gather(jnp.asarray(names)))
-    tiles = np.asarray(laid.tiles.of_tokens(jnp.asarray(flat)))
-    of_rows = np.asarray(laid.tiles.of_rows(jnp.arange(rows)[:, None]))[:, 0]
-    found = np.asarray(laid.tiles.to_tokens(jnp.asarray(tiles)))
-    assert tiles.shape == (len(of_rows), WIDTH)
+    parts = laid.tiles.of_tokens(jnp.asarray(flat))
+    of_parts = laid.tiles.of_rows(jnp.arange(rows)[:, None])
+    found = np.asarray(laid.tiles.to_tokens(parts))
+    assert [part.shape for part in parts] == [(len(of_part), WIDTH) for of_part in of_parts]
+    budget = max(tokens, 1) + seed % 3
+    own = budget >= rows // shards
+    assert len(parts) == own + (not own or budget > WIDTH)
+    if own:  # a tile for each row, which needs no copy
+        np.testing.assert_array_equal(of_parts[0][:, 0], np.arange(rows))
+    tiles, of_rows = (np.concatenate([np.asarray(part).reshape(shards, -1, part.shape[1]) for part in each], axis=1)
+                      for each in (parts, of_parts))
     scattered = np.asarray(laid.scatter(jnp.asarray(flat), rows))
     for shard in range(shards):
         own = names.reshape(shards, -1)[shard][real.reshape(shards, -1)[shard]]
         np.testing.assert_array_equal(flat[shard, :len(own)], own)
         np.testing.assert_array_equal(found[shard, :len(own)], own)  # there and back
         for slot in np.asarray(laid.tiles.slots)[shard, :len(own)]:
-            tile = shard * len(of_rows) // shards + slot // WIDTH
-            assert tiles[tile, slot % WIDTH] // length == of_rows[tile]
+            assert tiles[shard].reshape(-1)[slot] // length == of_rows[shard, slot // WIDTH, 0]
     np.testing.assert_array_equal(scattered[real], names[real])
 
 

@@ -88,6 +88,35 @@ class _Ahead:
         return flat.reshape(-1, self.places * flat.shape[1], *flat.shape[2:])
 
 
+@struct.dataclass
+class Read:
+    """Candidates of the first pass of a step: the chosen one of them need not be read again (`Value.keep`).
+
+    Attributes:
+      ids: of the candidates.  # [B, C] int32
+      there: which were in the pass.  # [B, C] bool
+      read: what a cache would hold of them.
+    """
+
+    ids: Array
+    there: Array
+    read: Cache
+
+    def keep(self, how: Guidance, state: DecodeState, chosen: Array) -> DecodeState:
+        """Returns the state with the pending token of each row in its value cache too, where it was one of these.
+
+        Args:
+          how: the guidance.
+          state: after the step.
+          chosen: rows whose pending token was chosen in it.  # [B] bool
+        """
+        assert how.value is not None and how.value.keep is not None
+        same = self.there & (self.ids == state.pending[:, None])
+        found = chosen & jnp.any(same, axis=1)  # all tokens before it went in with the pass
+        cache = how.value.keep(self.read, jnp.argmax(same, axis=1), state.value_length, found, state.value_cache)
+        return dataclasses.replace(state, value_cache=cache, value_length=state.value_length + found)
+
+
 def spread(rows: Array, places: int) -> Array:
     """Returns what belongs to rows for each of their places.  # [B, ...] -> [B * M, ...]"""
     shape = (rows.shape[0], places, *rows.shape[1:])
@@ -95,14 +124,15 @@ def spread(rows: Array, places: int) -> Array:
 
 
 def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: Policy, logits: Array,
-                     tokens: Array, there: Array) -> tuple[Scored, DecodeState]:
-    """Returns the log-weights of every token that the guided laws need, and the state with what was computed for them.
+                     tokens: Array, there: Array) -> tuple[Scored, DecodeState, Read | None]:
+    """Returns the log-weights of every token that the guided laws need, and the state with what was computed for them;
+    and the candidates that were read for them, where the chosen one may be kept.
 
     In the paper's order these are the `candidates` most probable tokens under the reference; in the other order they
     are the sampler's whole support, in as many passes as its largest nucleus needs, never cut. Where less work takes
     less time (`Value.ragged`), tokens that cannot matter are left out: those of rows that are finished or at eta = inf,
     of a nucleus of one token, and candidates that are cut whatever they weigh (`guidance.is_open`). Tokens chosen
-    meanwhile wait until a value is needed.
+    meanwhile wait until a value is needed; one that was a candidate itself has been read.
 
     Args:
       how: the guidance.
@@ -169,25 +199,33 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
         with jax.named_scope(VALUE_PASS):
             scores, cache = value.score(params, block, length, carry.cache)
         scored, given = _add(how, each, block, carry.ids, carry.wanted, scores, carry.scored)
+        of_first = jax.tree.map(lambda one, before: jnp.where(initial, one, before), read_of(scores), carry.of_first)
         return _Passes(carry.number + 1, scored, *(left(scored) if several else (carry.ids, carry.wanted)), cache,
-                       jnp.where(initial, scores.roots, carry.roots), carry.spent + given)
+                       of_first, carry.spent + given)
 
     several = sparing or how.order != 'paper'
-    passes = _Passes(
-        jnp.int32(0), scored, ids, first, state.value_cache,
-        jnp.zeros((*begin.roots.shape, distribution.num_scores), jnp.float32), jnp.zeros(batch, jnp.int32))
+    keeping = value.keep is not None and places == 1  # a drafted token is a root as it is
+
+    def read_of(scores: ValueScores) -> tuple[Array, Cache]:
+        return scores.roots, scores.read if keeping else None
+
+    empty, _ = jax.eval_shape(value.score, params, begin, state.value_length, state.value_cache)
+    empty = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), read_of(empty))
+    passes = _Passes(jnp.int32(0), scored, ids, first, state.value_cache, empty, jnp.zeros(batch, jnp.int32))
     passes = jax.lax.while_loop(lambda carry: (carry.number == 0) | jnp.any(carry.wanted), make, passes
                                 ) if several else make(passes)
-    scored, values = passes.scored, state.values
+    scored, values, (roots, read) = passes.scored, state.values, passes.of_first
     if value.scores_root:
         width = begin.roots.shape[1]
         here = jnp.clip((chosen - 1)[:, None] + jnp.arange(places)[None], 0, width - 1)
-        last = jnp.take_along_axis(passes.roots, here[..., None], axis=1).reshape(batch * places, -1)
-        scored = dataclasses.replace(scored, root_log_weight=distribution.log_weight(last, each.eta, how.offset))
+        last = jnp.take_along_axis(roots, here[..., None], axis=1).reshape(batch * places, -1)
+        root = jnp.where(ahead.spread(chosen) > 0, distribution.log_weight(last, each.eta, how.offset),
+                         ahead.spread(state.log_weight))
+        scored = dataclasses.replace(scored, root_log_weight=root)
         answer = state.value_length[:, None] + jnp.arange(width)[None] - state.prompt_length[:, None]
         heard = (answer >= 0) & (jnp.arange(width)[None] < begin.known[:, None])
         target = jnp.where(heard, answer, values.shape[1])
-        values = values.at[jnp.arange(batch)[:, None], target].set(distribution.mean(passes.roots), mode='drop')
+        values = values.at[jnp.arange(batch)[:, None], target].set(distribution.mean(roots), mode='drop')
     if sparing and how.order == 'paper':
         # Rows that were closed before anything was scored: one token has the law to itself, as if it weighed the least.
         alone = guided & ~jnp.any(scored.mask, axis=1)
@@ -195,9 +233,10 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
         scored = dataclasses.replace(
             scored, mask=scored.mask.at[rows[:, 0], target].set(True, mode='drop'),
             log_weight=scored.log_weight.at[rows[:, 0], target].set(low, mode='drop'))
-    return scored, dataclasses.replace(
+    state = dataclasses.replace(
         state, value_cache=passes.cache, value_length=state.value_length + begin.known, values=values,
         value_tokens=state.value_tokens + passes.spent)
+    return scored, state, Read(ids, first, read) if keeping else None
 
 
 class _Passes(NamedTuple):
@@ -209,7 +248,8 @@ class _Passes(NamedTuple):
       ids: candidates of the next one.  # [N, C]
       wanted: which of them are.  # [N, C]
       cache: of the network.
-      roots: scores of the first pass's roots.  # [B, W, K]
+      of_first: scores of the first pass's roots, [B, W, K]; and what a cache would hold of its candidates, None where
+        no one asks.
       spent: tokens that rows had in them.  # [B] int32
     """
 
@@ -218,7 +258,7 @@ class _Passes(NamedTuple):
     ids: Array
     wanted: Array
     cache: Cache
-    roots: Array
+    of_first: tuple[Array, Cache]
     spent: Array
 
 

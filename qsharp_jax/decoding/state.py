@@ -20,9 +20,10 @@ class DecodeState:
 
     Attributes:
       reference_cache: slots 0 .. length-1 of each row hold the prompt and the answer so far without `pending`.
-      value_cache: slots 0 .. value_length-1 of each row hold the same for the value network; None where nothing is
-        guided.
-      value_length: at most `length`: what is chosen goes in when a value is needed.  # [B] int32
+      value_cache: slots 0 .. value_length-1 of each row hold prompt and answer for the value network; None where
+        nothing is guided.
+      value_length: at most `length`: what is chosen goes in when a value is needed. Or one more, with the pending
+        token: one that was a candidate has been read.  # [B] int32
       prompt_length: tokens of the prompt, at least 1.  # [B] int32
       pending: the last token of prompt + answer; its position is `length`.  # [B] int32
       tokens: the answer; entries at or beyond `count` mean nothing.  # [B, T] int32

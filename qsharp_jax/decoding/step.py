@@ -59,10 +59,10 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
     # Nothing follows a drafted end, or the limit.
     ends = jnp.cumsum(is_eos(tokens, eos_ids) & (ahead > 0), axis=1)
     there = state.active[:, None] & (state.count[:, None] + ahead < state.limit[:, None]) & (ends == 0)
-    scored = None
+    scored = read = None
     if how.value is not None:
         with jax.named_scope(CANDIDATES):
-            scored, state = score_candidates(how, value_params, state, policy, logits, tokens, there)
+            scored, state, read = score_candidates(how, value_params, state, policy, logits, tokens, there)
     flat, count = logits.reshape(-1, logits.shape[-1]), (state.count[:, None] + ahead).reshape(-1)
     each, keys = jax.tree.map(functools.partial(spread, places=places), (policy, state.keys))
     token, mean, weight, kl = (part.reshape(-1, places) for part in sharding.map_rows(
@@ -72,7 +72,8 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
     state = _append(dataclasses.replace(state, reference_cache=cache), token, jnp.cumprod(agreed, axis=1).astype(bool),
                     mean, weight, kl, eos_ids, guided=how.value is not None)
     # Where the networks want it: spread as the law was, their tokens would have their products worked out piecemeal.
-    return sharding.constrain_rows(state, like=policy.eta)
+    state = sharding.constrain_rows(state, like=policy.eta)
+    return state if read is None else read.keep(how, state, there[:, 0])
 
 
 def _read(reference: Reference, params: Params, policy: Policy, state: DecodeState,

@@ -1,6 +1,7 @@
 """Attention of new tokens to cached ones and to one another, and the block that it is half of."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 import functools
 from typing import Any
 
@@ -62,11 +63,11 @@ class Attention(nn.Module):
         if layout is not None:
             batch = block_mask.shape[0]
             key, value = (layout.scatter(part, batch) for part in (key, value))
-            query = layout.scatter(query, batch) if tiles is None else tiles.of_tokens(query)
+            query = layout.scatter(query, batch) if tiles is None else query
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
         new = query, key, value, block_mask
         if layout is not None and tiles is not None:
-            mixed = tiles.to_tokens(self._attend(*_of_tiles(layout, tiles, new, cached, cache_mask)))
+            mixed = tiles.to_tokens([self._attend(*part) for part in _of_tiles(layout, tiles, new, cached, cache_mask)])
         else:
             mixed = self._attend(new, cached, cache_mask)
             mixed = mixed if layout is None else layout.gather(mixed)
@@ -100,16 +101,20 @@ class Attention(nn.Module):
             beside, (*new, cache_mask), scores * cache_mask.shape[-1], _CACHED_SCORES, fixed=(keys, values))
 
 
-def _of_tiles(layout: Ragged, tiles: Tiles, new: tuple[Array, Array, Array, Array], cached: tuple[Array, ...] | None,
-              cache_mask: Array | None) -> tuple[Any, tuple[Array, ...] | None, Array | None]:
-    """Returns the arguments of attention for tiles of queries: each has the keys, values and masks of its row."""
+def _of_tiles(
+    layout: Ragged, tiles: Tiles, new: tuple[Array, Array, Array, Array], cached: tuple[Array, ...] | None,
+    cache_mask: Array | None,
+) -> Iterator[tuple[Any, tuple[Array, ...] | None, Array | None]]:
+    """Yields the arguments of attention for each part of the tiles, which have keys, values and masks of their rows."""
     query, key, value, block_mask = new
-    new = query, tiles.of_rows(key), tiles.of_rows(value), tiles.of_tokens(layout.gather(block_mask))
+    masks = tiles.of_tokens(layout.gather(block_mask))
+    own = zip(tiles.of_tokens(query), tiles.of_rows(key), tiles.of_rows(value), masks)
     if cached is None or cache_mask is None:
-        return new, None, None
+        yield from ((part, None, None) for part in own)
+        return
     every = cache_mask.shape[1] == 1  # the same for all tokens of a row
     seen = tiles.of_rows(cache_mask) if every else tiles.of_tokens(layout.gather(cache_mask))
-    return new, tuple(tiles.of_rows(part) for part in cached), seen
+    yield from zip(own, zip(*(tiles.of_rows(part) for part in cached)), seen)
 
 
 class Block(nn.Module):

@@ -77,6 +77,35 @@ def write_all(cache: KVCache, new: KVCache, start: Array | None, hidden: Array) 
                    tuple(write(old, part, start, axis=-2) for old, part in zip(cache.values, new.values)))
 
 
+def write_one(cache: KVCache, new: KVCache, which: Array, start: Array, there: Array) -> KVCache:
+    """Returns a cache of separate layers with one of some new tokens in it.
+
+    Args:
+      cache: of all layers.
+      new: keys and values of the tokens.
+      which: of them each row gets.  # [B] int32
+      start: in which slot.  # [B] int32
+      there: rows that get one.  # [B] bool
+    """
+    start = jnp.where(there, start, cache.keys[0].shape[-1])  # beyond the capacity: not written
+    which = which[:, None, None, None]
+
+    def put(array: Array, new: Array, axis: int) -> Array:
+        return write(array, jnp.take_along_axis(new, which, axis, mode='clip'), start, axis)
+
+    return KVCache(tuple(put(old, part, -1) for old, part in zip(cache.keys, new.keys)),
+                   tuple(put(old, part, -2) for old, part in zip(cache.values, new.values)))
+
+
+def split(new: KVCache, count: int) -> tuple[KVCache, KVCache]:
+    """Returns keys and values of the first `count` tokens and of the others, of separate layers."""
+    def part(which: slice) -> KVCache:
+        return KVCache(tuple(keys[..., which] for keys in new.keys),
+                       tuple(values[:, :, which] for values in new.values))
+
+    return part(slice(count)), part(slice(count, None))
+
+
 def write(array: Array, new: Array, start: Array | None, axis: int, layer: Array | None = None) -> Array:
     """Returns a cache with `new` [B, Hkv, ...] in the slots from `start` [B] on (None: from 0).
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -91,17 +92,23 @@ def value(config: TransformerConfig, value_config: ValueConfig, ragged: bool = T
             return head(hidden), cache
 
         def run(layout: Ragged | None) -> tuple[ValueScores, Array, KVCache]:
-            hidden, new = transformer.read(
-                trunk, params['trunk'], cache, length, tokens, positions, mask, commit=roots, layout=layout)
+            hidden, new = transformer.read(trunk, params['trunk'], cache, length, tokens, positions, mask,
+                                           commit=tokens.shape[1], layout=layout)
             return head(hidden), hidden, new
 
         scores, hidden, new = ragged_lib.by_budget(
             run, real, like=length, flops=transformer.token_flops(trunk)) if ragged else run(None)
-        return scores, cache_lib.write_all(cache, new, length, hidden)
+        new, read = cache_lib.split(new, roots)
+        cache = cache_lib.write_all(cache, new, length, hidden)
+        return scores if q_type else dataclasses.replace(scores, read=read), cache
+
+    def keep(read: KVCache, which: Array, length: Array, there: Array, cache: KVCache) -> KVCache:
+        return cache_lib.write_one(cache, read, which, length, there)
 
     return Value(
         init_cache=functools.partial(transformer.init_cache, trunk), prefill=prefill, score=score,
-        scores_root=not q_type, ragged=ragged and not trunk.scan_layers)
+        scores_root=not q_type, ragged=ragged and not trunk.scan_layers,
+        keep=None if q_type or trunk.scan_layers else keep)
 
 
 def value_scores(

@@ -25,11 +25,13 @@ _WORTH = 1e7  # FLOPs that a size must spare beside the next: fewer are a tenth 
 class Tiles:
     """The tokens as queries of attention: some that follow each other in a row make a tile, which has its row's keys.
 
-    Rows of one length would have as many queries as the longest.
+    Rows of one length would have as many queries as the longest. Where there are tokens enough, the first tile of each
+    row is its own, in the order of rows: these need no copy of keys. What is of tiles is in two parts, such ones and
+    further ones, or in one where there are none of a kind.
 
     Attributes:
-      rows: of each tile in its shard.  # [G, X] int32
-      tokens: in each place of the tiles, laid one behind the other.  # [G, X * WIDTH] int32
+      rows: of each further tile, in its shard.  # [G, X] int32
+      tokens: in each place of the tiles, laid one behind the other.  # [G, (B / G + X or X) * WIDTH] int32
       slots: place of each token in them.  # [G, N] int32
     """
 
@@ -37,17 +39,30 @@ class Tiles:
     tokens: Array
     slots: Array
 
-    def of_tokens(self, flat: Array) -> Array:
-        """# [G, N, ...] -> [G * X, WIDTH, ...]"""
-        return _take(flat, self.tokens).reshape(-1, WIDTH, *flat.shape[2:])
+    @property
+    def own(self) -> int:
+        """Rows of a shard that have a tile of their own: all or none."""
+        return int(self.tokens.shape[1] // WIDTH - self.rows.shape[1])
 
-    def of_rows(self, rows: Array) -> Array:
-        """Returns what a row has for each of its tiles.  # [B, ...] -> [G * X, ...]"""
-        return _take(rows.reshape(self.rows.shape[0], -1, *rows.shape[1:]), self.rows).reshape(-1, *rows.shape[1:])
+    def of_tokens(self, flat: Array) -> list[Array]:
+        """Returns the parts: tiles of tokens.  # [G, N, ...] -> [B, WIDTH, ...], [G * X, WIDTH, ...]"""
+        places = jnp.split(self.tokens, [self.own * WIDTH], axis=1)
+        return [_take(flat, part).reshape(-1, WIDTH, *flat.shape[2:]) for part in places if part.shape[1]]
 
-    def to_tokens(self, tiles: Array) -> Array:
-        """# [G * X, WIDTH, ...] -> [G, N, ...]"""
-        return _take(tiles.reshape(self.tokens.shape[0], -1, *tiles.shape[2:]), self.slots)
+    def of_rows(self, rows: Array) -> list[Array]:
+        """Returns the parts: what the row of each tile has.  # [B, ...] -> [B, ...], [G * X, ...]"""
+        shards, further = self.rows.shape
+        parts = [rows] if self.own else []
+        if further:
+            copies = _take(rows.reshape(shards, -1, *rows.shape[1:]), self.rows)
+            parts.append(copies.reshape(-1, *rows.shape[1:]))
+        return parts
+
+    def to_tokens(self, parts: list[Array]) -> Array:
+        """# [B, WIDTH, ...], [G * X, WIDTH, ...] -> [G, N, ...]"""
+        shards = self.rows.shape[0]
+        tiles = [part.reshape(shards, -1, *part.shape[2:]) for part in parts]
+        return _take(jnp.concatenate(tiles, axis=1), self.slots)
 
 
 @struct.dataclass
@@ -85,22 +100,28 @@ def layout(real: Array, shards: int, budget: int) -> Ragged:
     places = _placed(jnp.where(flat, tokens, budget), place, budget)
     tiles = None
     rows = real.shape[0] // shards
-    count = (budget + (WIDTH - 1) * min(rows, budget)) // WIDTH  # at most: a row's last tile may have one token
-    if _SPARED * count * WIDTH < flat.shape[1]:
-        tiles = _tiles(real.reshape(shards, rows, -1), tokens, places, count)
+    own = rows if rows <= budget else 0
+    count = (budget - 1) // WIDTH if own else budget  # at most: the last tile of a row may have one token
+    if _SPARED * (own + count) * WIDTH < flat.shape[1]:
+        tiles = _tiles(real.reshape(shards, rows, -1), tokens, places, own, count)
     return Ragged(places, jnp.where(flat, tokens, 0), tiles)
 
 
-def _tiles(real: Array, tokens: Array, places: Array, count: int) -> Tiles:
-    """# [G, B / G, T] bool, [G, B / G * T], [G, N] -> `count` tiles"""
+def _tiles(real: Array, tokens: Array, places: Array, own: int, count: int) -> Tiles:
+    """Returns `own` tiles, one a row or none, and `count` others.  # [G, B / G, T] bool, [G, B / G * T], [G, N]"""
     shards, rows, _ = real.shape
+    total = own + count
+    row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None, :, None], real.shape)
     rank = jnp.cumsum(real, axis=2, dtype=jnp.int32) - 1
-    used = (rank[:, :, -1] + WIDTH) // WIDTH  # tiles of each row
-    first = jnp.cumsum(used, axis=1) - used
-    slot = (first[..., None] * WIDTH + rank).reshape(shards, -1)
-    target = jnp.where(real.reshape(shards, -1), slot, count * WIDTH)
-    row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None, :, None], real.shape).reshape(shards, -1)
-    return Tiles(rows=_placed(target // WIDTH, row, count), tokens=_placed(target, tokens, count * WIDTH),
+    used = (rank[:, :, -1] + WIDTH) // WIDTH - (own > 0)  # further tiles of each row; -1: not even its own
+    used = jnp.maximum(used, 0)
+    first = own + jnp.cumsum(used, axis=1) - used
+    slot = first[..., None] * WIDTH + rank
+    if own:
+        slot = jnp.where(rank < WIDTH, row * WIDTH + rank, slot - WIDTH)
+    slot, row = slot.reshape(shards, -1), row.reshape(shards, -1)
+    target = jnp.where(real.reshape(shards, -1), slot, total * WIDTH)
+    return Tiles(rows=_placed(target // WIDTH, row, total)[:, own:], tokens=_placed(target, tokens, total * WIDTH),
                  slots=_take(slot, places))
 
 
