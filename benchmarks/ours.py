@@ -216,6 +216,11 @@ class Side:
         real = [(one.examples >= 0) | (one.ends > 1 + jnp.arange(one.ends.shape[1])[None]) for one in batches]
         return {'computed': sum(one.tokens.size for one in batches), 'real': sum(int(one.sum()) for one in real)}
 
+    def forget(self) -> dict[str, float]:
+        """Lets go of all compiled programs."""
+        jax.clear_caches()
+        return {}
+
     def data(self, answers: int) -> dict[str, float]:
         """Times the opening and laying out of a D of so many answers of 32 tokens, and then of batches of 32 of them.
 
