@@ -21,8 +21,8 @@ from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
 from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.data.tokenizers import Tokenizer
-from qsharp_jax.decoding.candidates import score_candidates
-from qsharp_jax.decoding.step import law
+from qsharp_jax.decoding.candidates import Read, score_candidates, Scored
+from qsharp_jax.decoding.step import append, law
 from qsharp_jax.models import networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import export
@@ -339,10 +339,11 @@ class Side:
         """Returns log-probabilities before each of so many tokens, chosen by number and law.  # [T, B, V]"""
         state = self._state(batch, prompt, layers, 'float32', steps, steps, guide)
         reference, how, params, values = self._networks(layers, 'float32', guide)
-        step, found = jax.jit(functools.partial(_law, reference, how)), []
+        step, follow = jax.jit(functools.partial(_law, reference, how)), jax.jit(functools.partial(_follow, how))
+        found = []
         for number in range(steps):
-            log_probs, state = step(params, values, policy_of(guide, batch), state)
-            state = dataclasses.replace(state, pending=choose(number, log_probs), count=state.count + 1)
+            log_probs, *after = step(params, values, policy_of(guide, batch), state)
+            state = follow(*after, choose(number, log_probs))
             found.append(np.asarray(log_probs))
         return np.stack(found)
 
@@ -389,14 +390,26 @@ def policy_of(guide: Guide, rows: int) -> Policy:
 
 
 def _law(reference: Reference, how: decoding.Guidance, params: Params, values: Params, policy: Policy,
-         state: decoding.DecodeState) -> tuple[jax.Array, decoding.DecodeState]:
-    """Returns the log-probabilities of the next token [B, V], and the state with the pending token in its caches."""
+         state: decoding.DecodeState) -> tuple[jax.Array, decoding.DecodeState, Scored | None, Read | None]:
+    """Returns the log-probabilities of the next token [B, V], and what `_follow` wants."""
     logits, cache = reference.step(params, state.pending, state.length, state.reference_cache)
-    state, scored = dataclasses.replace(state, reference_cache=cache), None
+    state, scored, read = dataclasses.replace(state, reference_cache=cache), None, None
     if how.value is not None:
-        scored, state, _ = score_candidates(
+        scored, state, read = score_candidates(
             how, values, state, policy, logits[:, None], state.pending[:, None], state.active[:, None])
-    return law(how, policy, state.count, logits, scored), state
+    return law(how, policy, state.count, logits, scored), state, scored, read
+
+
+def _follow(how: decoding.Guidance, state: decoding.DecodeState, scored: Scored | None, read: Read | None,
+            token: jax.Array) -> decoding.DecodeState:
+    """Returns the state after the step of `_law` in which these tokens [B] were chosen, as `decoding.step` does."""
+    token, active = token[:, None], state.active
+    mean = weight = jnp.full(token.shape, jnp.nan)
+    if scored is not None:
+        mean, weight = (jnp.take_along_axis(array, token, axis=1) for array in (scored.mean, scored.log_weight))
+    state = append(state, token, active[:, None], mean, jnp.where(jnp.isnan(mean), jnp.nan, weight),
+                   jnp.zeros(token.shape), (), guided=scored is not None)
+    return state if read is None else read.keep(how, state, active)
 
 
 def _opinions(kernel: jax.Array, hidden: jax.Array) -> jax.Array:

@@ -138,6 +138,10 @@ class RollingOut:
         rewound = decoding.rewind(
             state, jnp.where(over, cut + 1, state.count), jnp.where(over, limit, state.limit),
             jnp.where(over, plan.key, state.keys), eos_ids)
+        # Rows that still roll in go on with what the value network knows of them.
+        rewound = dataclasses.replace(
+            rewound, value_length=jnp.where(over, rewound.value_length, state.value_length),
+            log_weight=jnp.where(over, rewound.log_weight, state.log_weight))
         return decoding.Pool(
             state=rewound,
             policy=dataclasses.replace(pool.policy, eta=jnp.where(over, jnp.inf, pool.policy.eta)),

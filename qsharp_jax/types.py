@@ -42,7 +42,7 @@ class Policy:
 
 @struct.dataclass
 class ValueBlock:
-    """New tokens for a value network: those chosen since its last pass, and ones that may follow them.
+    """New tokens for a value network: those chosen that it has not read yet, and ones that may follow them.
 
     Rows may have any number of either. What is not real is padding of any value, and its scores mean nothing.
 
@@ -122,7 +122,7 @@ class Value:
       keep: (read, which [B], length [B], there [B] bool, cache) -> Cache. Puts candidate `which` of a pass behind the
         `length` tokens that each row's cache holds, where it is `there`: as if it had been a root, without another
         pass over it. `read` is `ValueScores.read` of a pass in which the candidate's parent was the last of these
-        tokens. None: every chosen token goes in as a root.
+        tokens. Only for a network that scores roots; None: every chosen token goes in as a root.
     """
 
     init_cache: Callable[[int, int], Cache]

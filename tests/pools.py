@@ -22,8 +22,14 @@ class Units(NamedTuple):
     real: np.ndarray  # [B]
 
 
-def collect(reference, how, reference_params, value_params, policy, units, config, eos_ids, seed, iteration):
-    """The `rollout.Rollouts` of all units."""
+def collect(*arguments):
+    """The `rollout.Rollouts` of all units; the arguments are those of `drawn`."""
+    task, pool = drawn(*arguments)
+    return task.read(pool)
+
+
+def drawn(reference, how, reference_params, value_params, policy, units, config, eos_ids, seed, iteration):
+    """The task, and the pool when all its rows have ended."""
     task = rollout.RollingOut(config)
     keys, limit, plan = task.begin(decoding.stage_keys(seed, iteration), units.examples, units.samples)
     state = decoding.start(reference, how.value, reference_params, value_params, units.prompts, units.lengths,
@@ -31,4 +37,4 @@ def collect(reference, how, reference_params, value_params, policy, units, confi
     pool = decoding.Pool(state, policy, dataclasses.replace(plan, rolls_in=jnp.asarray(units.real)))
     pool = jax.tree.map(jnp.copy, pool)  # some of its arrays are one and the same, and none may be given up twice
     pool, _ = decoding.advance(reference, how, reference_params, value_params, pool, eos_ids, task, len(units.rows))
-    return task.read(pool)
+    return task, pool

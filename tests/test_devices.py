@@ -188,7 +188,7 @@ def drawn_with_a_nudge(row: int, before: np.ndarray, token: int) -> bool:
                            jnp.array([1]), 1)
     logits, _ = REAL[0].step(params[0], state.pending, state.length, state.reference_cache)
     how = decoding.Guidance(REAL[1], BERNOULLI, candidates=5)
-    scored, _ = score_candidates(
+    scored, *_ = score_candidates(
         how, params[1], state, policy, logits[:, None], state.pending[:, None], state.active[:, None])
     log_probs = law(how, policy, jnp.array([len(before)]), logits, scored)
     noise = jax.vmap(jax.random.fold_in)(key, jnp.array([len(before)]))

@@ -111,8 +111,8 @@ def test_no_hole_is_scored_where_candidates_are_more_than_tokens(order):
     state = decoding.start(*fakes, None, None, np.array([[3]], np.int32), zero + 1, zero,
                            decoding.unit_keys(0, 0, 'evaluate', zero, zero), zero + 1, 1)
     how = decoding.Guidance(fakes[1], BERNOULLI, candidates=10, order=order)
-    scored, _ = score_candidates(how, None, state, policy, jnp.asarray(logits[None, None]), state.pending[:, None],
-                                 state.active[:, None])
+    scored, *_ = score_candidates(how, None, state, policy, jnp.asarray(logits[None, None]), state.pending[:, None],
+                                  state.active[:, None])
     np.testing.assert_array_equal(scored.mask[0], np.isfinite(logits))
 
 

@@ -84,6 +84,18 @@ def collect(rows, samples, config, real=None, seed=0, iteration=1, etas=None):
     return pools.collect(HASHED, GUIDED, None, None, policy_of(etas), units, config, ENDS, seed, iteration)
 
 
+def test_rows_that_roll_in_read_no_token_again():
+    rows, samples = np.arange(MANY) % 3, np.arange(MANY) // 3
+    policy = policy_of(np.where(samples % 2, 0.2, 5.0), 0.6, top_p=0.8)
+    units, config = units_of(PROMPTS, rows, samples), rollout.RolloutConfig(MOST)
+    _, pool = pools.drawn(HASHED, GUIDED, None, None, policy, units, config, ENDS, 0, 1)
+    keys = decoding.unit_keys(0, 1, 'roll_in', units.examples, units.samples)
+    state = decoding.start(HASHED, GUIDED.value, None, None, *padded(PROMPTS), units.rows, keys, jnp.full(MANY, MOST),
+                           MOST)
+    roll_in = decoding.decode(HASHED, GUIDED, None, None, policy, state, ENDS)
+    np.testing.assert_array_equal(pool.state.value_tokens, roll_in.value_tokens)
+
+
 @pytest.mark.parametrize('cut, budget', (('uniform', 'total'), ('uniform', 'fresh'), ('start', 'fresh')))
 def test_every_answer_has_its_budget_and_its_end(cut, budget):
     config = rollout.RolloutConfig(MOST, cut, budget)

@@ -184,7 +184,7 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
         done = scored.mask[rows, ids]
         return ids, wanted & ~done & still_open(scored.log_weight[rows, ids], done)[:, None]
 
-    # The first pass has what was chosen since the last one, what is drafted, and the candidates that decide most laws.
+    # The first pass has what was chosen and is not in the cache, what is drafted, and candidates that decide most laws.
     chosen = state.length + 1 - state.value_length
     begin = _first_block(how, state, ahead, chosen, ids, first)
 
@@ -204,7 +204,7 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
                        of_first, carry.spent + given)
 
     several = sparing or how.order != 'paper'
-    keeping = value.keep is not None and places == 1  # a drafted token is a root as it is
+    keeping = value.keep is not None and value.scores_root and places == 1  # a drafted token is a root as it is
 
     def read_of(scores: ValueScores) -> tuple[Array, Cache]:
         return scores.roots, scores.read if keeping else None

@@ -16,7 +16,8 @@ from qsharp_jax.types import Array, Cache, Params, Reference, Value
 class DecodeState:
     """A batch of answers in the making; every field is per row, so rows never touch each other.
 
-    The last chosen token is *pending*: it is fed to the networks by the next step, which puts it into the caches.
+    The last chosen token is *pending*: it is fed to the networks by the next step, which puts it into the caches; but
+    the value network has read it already where it was a candidate.
 
     Attributes:
       reference_cache: slots 0 .. length-1 of each row hold the prompt and the answer so far without `pending`.
@@ -57,7 +58,7 @@ class DecodeState:
 
     @property
     def length(self) -> Array:
-        """Slots of the caches that are in use: all but the pending token.  # [B]"""
+        """Slots of the reference's cache that are in use: all but the pending token.  # [B]"""
         return self.prompt_length + self.count - 1
 
     @property

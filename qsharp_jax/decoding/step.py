@@ -69,8 +69,8 @@ def step(reference: Reference, how: Guidance, reference_params: Params, value_pa
         functools.partial(_draw, how), (each, keys, count, flat, scored), 8 * flat.nbytes, _LAWS, spread=True))
     # The draw of a place counts where all drafted tokens before it are what was drawn.
     agreed = there & ((ahead == 0) | (jnp.roll(token, 1, axis=1) == tokens))
-    state = _append(dataclasses.replace(state, reference_cache=cache), token, jnp.cumprod(agreed, axis=1).astype(bool),
-                    mean, weight, kl, eos_ids, guided=how.value is not None)
+    state = append(dataclasses.replace(state, reference_cache=cache), token, jnp.cumprod(agreed, axis=1).astype(bool),
+                   mean, weight, kl, eos_ids, guided=how.value is not None)
     # Where the networks want it: spread as the law was, their tokens would have their products worked out piecemeal.
     state = sharding.constrain_rows(state, like=policy.eta)
     return state if read is None else read.keep(how, state, there[:, 0])
@@ -118,8 +118,8 @@ def _draw(how: Guidance, policy: Policy, keys: Array, count: Array, logits: Arra
     return token, mean, jnp.where(jnp.isnan(mean), jnp.nan, weight), guidance.kl_divergence(log_probs, untruncated)
 
 
-def _append(state: DecodeState, token: Array, taken: Array, mean: Array, weight: Array, kl: Array,
-            eos_ids: tuple[int, ...], guided: bool) -> DecodeState:
+def append(state: DecodeState, token: Array, taken: Array, mean: Array, weight: Array, kl: Array,
+           eos_ids: tuple[int, ...], guided: bool) -> DecodeState:
     """Returns the state with the leading tokens of each row that are `taken` behind its answer.  # [B, M] each"""
     places = token.shape[1]
     new = jnp.sum(taken, axis=1, dtype=jnp.int32)

@@ -63,6 +63,9 @@ def value(config: TransformerConfig, value_config: ValueConfig, ragged: bool = T
     """
     trunk = value_lib.trunk_config(value_config, config)
     q_type = value_config.kind == 'q'
+    # Elsewhere a pass has a place for a root whether one is there or not.
+    sparing = ragged and not trunk.scan_layers
+    keeps = sparing and not q_type
 
     def prefill(params: Params, tokens: Array, lengths: Array, cache: KVCache, start: int) -> KVCache:
         return _prefill(trunk, params['trunk'], tokens, lengths, cache, start)
@@ -92,23 +95,23 @@ def value(config: TransformerConfig, value_config: ValueConfig, ragged: bool = T
             return head(hidden), cache
 
         def run(layout: Ragged | None) -> tuple[ValueScores, Array, KVCache]:
-            hidden, new = transformer.read(trunk, params['trunk'], cache, length, tokens, positions, mask,
-                                           commit=tokens.shape[1], layout=layout)
+            hidden, new = transformer.read(
+                trunk, params['trunk'], cache, length, tokens, positions, mask,
+                commit=tokens.shape[1] if keeps else roots, layout=layout)
             return head(hidden), hidden, new
 
         scores, hidden, new = ragged_lib.by_budget(
             run, real, like=length, flops=transformer.token_flops(trunk)) if ragged else run(None)
         new, read = cache_lib.split(new, roots)
         cache = cache_lib.write_all(cache, new, length, hidden)
-        return scores if q_type else dataclasses.replace(scores, read=read), cache
+        return dataclasses.replace(scores, read=read) if keeps else scores, cache
 
     def keep(read: KVCache, which: Array, length: Array, there: Array, cache: KVCache) -> KVCache:
         return cache_lib.write_one(cache, read, which, length, there)
 
     return Value(
         init_cache=functools.partial(transformer.init_cache, trunk), prefill=prefill, score=score,
-        scores_root=not q_type, ragged=ragged and not trunk.scan_layers,
-        keep=None if q_type or trunk.scan_layers else keep)
+        scores_root=not q_type, ragged=sparing, keep=keep if keeps else None)
 
 
 def value_scores(
