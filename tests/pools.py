@@ -23,12 +23,12 @@ class Units(NamedTuple):
 
 
 def collect(*arguments):
-    """The `rollout.Rollouts` of all units; the arguments are those of `drawn`."""
-    task, pool = drawn(*arguments)
+    """The `rollout.Rollouts` of all units; the arguments are those of `ended`."""
+    task, pool = ended(*arguments)
     return task.read(pool)
 
 
-def drawn(reference, how, reference_params, value_params, policy, units, config, eos_ids, seed, iteration):
+def ended(reference, how, reference_params, value_params, policy, units, config, eos_ids, seed, iteration):
     """The task, and the pool when all its rows have ended."""
     task = rollout.RollingOut(config)
     keys, limit, plan = task.begin(decoding.stage_keys(seed, iteration), units.examples, units.samples)

@@ -213,8 +213,12 @@ def test_values_are_the_expected_returns_of_chosen_tokens(how, ragged):
     assert np.isnan(values[np.arange(6)[None] >= np.asarray(found.count)[:, None]]).all()
 
 
-@pytest.mark.parametrize('outside', guidance.OUTSIDE)
-@pytest.mark.parametrize('order', guidance.ORDERS)
+QUICK = ('paper', 'zero'), ('paper', 'mean'), ('paper', 'soft_bellman'), ('after_sampler', 'mean')
+
+
+@pytest.mark.parametrize('order, outside', [
+    pytest.param(order, outside, marks=() if (order, outside) in QUICK else pytest.mark.slow)
+    for order in guidance.ORDERS for outside in guidance.OUTSIDE])
 def test_what_is_spared_changes_no_answer(order, outside):
     """Rows without a choice, tokens that are cut whatever they weigh, chosen tokens that wait: the same answers."""
     policy = policy_of(np.tile([1.0, 2.0, 8.0, np.inf], 3), np.repeat([0.3, 0.6, 0.0], 4), top_p=np.tile([0.5, 0.8], 6))
