@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.measure import Worker
+from benchmarks.measure import number, Worker
 from benchmarks.workload import Guide, UNGUIDED
 
 Row = dict[str, Any]
@@ -74,7 +74,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         lines = [f'| {row["cause"]} | ' + ' | '.join(f'{label}, {row["effect"]}' for label in labels) + ' |',
                  '|' + ' ---: |' * (1 + len(labels))]
         for points in zip(*row['series'].values()):
-            lines.append(f'| {points[0][0]:,} | ' + ' | '.join(f'{value:,.3g}' for _, value in points) + ' |')
+            lines.append(f'| {points[0][0]:,} | ' + ' | '.join(number(value) for _, value in points) + ' |')
         texts.append('\n'.join(lines) + '\n')
     return '\n'.join(texts)
 

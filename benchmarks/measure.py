@@ -158,3 +158,8 @@ def result(name: str, settings: Mapping[str, Any], replies: Mapping[str, Sequenc
         'ratios': {label: spread([one / other for one, other in zip(own, found[base], strict=True)])
                    for label, own in found.items() if label != base},
         'repeats': {label: list(own) for label, own in replies.items()}, **more}
+
+
+def number(value: float) -> str:
+    """Returns a number as tables have it, of three places or more."""
+    return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'

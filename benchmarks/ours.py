@@ -14,15 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from benchmarks import profiles, workload
+from benchmarks import laws, profiles, workload
 from benchmarks.workload import Guide
 from qsharp_jax import allocation, categorical, decoding, learner, ledger, references, rollout, sharding
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
 from qsharp_jax.data.packing import attention_mask, FitBatch, FitBatches
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.data.tokenizers import Tokenizer
-from qsharp_jax.decoding.candidates import Read, score_candidates, Scored
-from qsharp_jax.decoding.step import append, law
 from qsharp_jax.models import networks, pretrained, transformer
 from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import export
@@ -339,7 +337,8 @@ class Side:
         """Returns log-probabilities before each of so many tokens, chosen by number and law.  # [T, B, V]"""
         state = self._state(batch, prompt, layers, 'float32', steps, steps, guide)
         reference, how, params, values = self._networks(layers, 'float32', guide)
-        step, follow = jax.jit(functools.partial(_law, reference, how)), jax.jit(functools.partial(_follow, how))
+        step = jax.jit(functools.partial(laws.law_of_step, reference, how))
+        follow = jax.jit(functools.partial(laws.follow, how))
         found = []
         for number in range(steps):
             log_probs, *after = step(params, values, policy_of(guide, batch), state)
@@ -387,29 +386,6 @@ def policy_of(guide: Guide, rows: int) -> Policy:
         eta=jnp.asarray(guide.eta_of_rows(rows)), temperature=jnp.full(rows, guide.temperature),
         top_k=jnp.zeros(rows, jnp.int32), top_p=jnp.full(rows, guide.top_p),
         reference_temperature=jnp.full(rows, guide.temperature))
-
-
-def _law(reference: Reference, how: decoding.Guidance, params: Params, values: Params, policy: Policy,
-         state: decoding.DecodeState) -> tuple[jax.Array, decoding.DecodeState, Scored | None, Read | None]:
-    """Returns the log-probabilities of the next token [B, V], and what `_follow` wants."""
-    logits, cache = reference.step(params, state.pending, state.length, state.reference_cache)
-    state, scored, read = dataclasses.replace(state, reference_cache=cache), None, None
-    if how.value is not None:
-        scored, state, read = score_candidates(
-            how, values, state, policy, logits[:, None], state.pending[:, None], state.active[:, None])
-    return law(how, policy, state.count, logits, scored), state, scored, read
-
-
-def _follow(how: decoding.Guidance, state: decoding.DecodeState, scored: Scored | None, read: Read | None,
-            token: jax.Array) -> decoding.DecodeState:
-    """Returns the state after the step of `_law` in which these tokens [B] were chosen, as `decoding.step` does."""
-    token, active = token[:, None], state.active
-    mean = weight = jnp.full(token.shape, jnp.nan)
-    if scored is not None:
-        mean, weight = (jnp.take_along_axis(array, token, axis=1) for array in (scored.mean, scored.log_weight))
-    state = append(state, token, active[:, None], mean, jnp.where(jnp.isnan(mean), jnp.nan, weight),
-                   jnp.zeros(token.shape), (), guided=scored is not None)
-    return state if read is None else read.keep(how, state, active)
 
 
 def _opinions(kernel: jax.Array, hidden: jax.Array) -> jax.Array:

@@ -52,8 +52,8 @@ def sentence(row: Row) -> str:
         return f'{len(row["policies"])} policies'
     if 'seconds' in row:
         return 'seconds to the first token: ' + ', '.join(
-            f'{label} {_number(found["median"])}' for label, found in row['seconds'].items())
-    rates = ', '.join(f'{label} {_number(found["median"])}' for label, found in row['rates'].items())
+            f'{label} {measure.number(found["median"])}' for label, found in row['seconds'].items())
+    rates = ', '.join(f'{label} {measure.number(found["median"])}' for label, found in row['rates'].items())
     ratios = ', '.join(f'{label} / {row["base"]} {found["median"]:.2f}' for label, found in row['ratios'].items())
     others = max(reply.get('others', 0.0) for replies in row['repeats'].values() for reply in replies)
     # With others at work the two sides do not suffer alike.
@@ -140,7 +140,7 @@ def peer_table(rows: Sequence[Row]) -> str:
     for row in rows:
         lines.append([_title(row), *(_spread(found) for found in row['rates'].values()),
                       *(_ratio(found) for found in row['ratios'].values()),
-                      *(_number(row['prefill'][side]['tokens'] / row['prefill'][side]['seconds'])
+                      *(measure.number(row['prefill'][side]['tokens'] / row['prefill'][side]['seconds'])
                         for side in row['rates'])])
     return _markdown(lines)
 
@@ -177,8 +177,8 @@ def profile_table(rows: Sequence[Row]) -> str:
             lines = [[f'{_title(row)}: {side}', 'ms a step', 'share']]
             total = sum(parts.values())
             for part, milliseconds in _longest_first(parts):
-                lines.append([part, _number(milliseconds), f'{milliseconds / total:.0%}'])
-            texts.append(_markdown([*lines, ['all', _number(total), '']]))
+                lines.append([part, measure.number(milliseconds), f'{milliseconds / total:.0%}'])
+            texts.append(_markdown([*lines, ['all', measure.number(total), '']]))
     return '\n'.join(texts)
 
 
@@ -247,12 +247,8 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _spread(found: Mapping[str, float]) -> str:
-    return f'{_number(found["median"])} ({_number(found["min"])} – {_number(found["max"])})'
+    return f'{measure.number(found["median"])} ({measure.number(found["min"])} – {measure.number(found["max"])})'
 
 
 def _ratio(found: Mapping[str, float]) -> str:
     return f'{found["median"]:.2f} ({found["min"]:.2f} – {found["max"]:.2f})'
-
-
-def _number(value: float) -> str:
-    return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'

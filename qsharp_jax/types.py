@@ -74,7 +74,7 @@ class ValueScores:
     Attributes:
       roots: scores of each root, given what precedes it.  # [B, M, K]
       candidates: scores of each candidate as the token after its parent.  # [B, C, K]
-      read: what a cache would hold of the candidates, for `Value.keep`; None where there is no such function.
+      read: what `Value.keep` puts into a cache of each candidate; None where there is no such function.
     """
 
     roots: Array
@@ -119,10 +119,11 @@ class Value:
         state before them, has no score of the root itself (it then holds NaN), and every candidate's parent must be
         among the roots.
       ragged: whether a pass takes the time of its real tokens alone, so that it is worth while to give it few.
-      keep: (read, which [B], length [B], there [B] bool, cache) -> Cache. Puts candidate `which` of a pass behind the
+      keep: (cache, read, which [B], length [B], there [B] bool) -> Cache. Puts candidate `which` of a pass behind the
         `length` tokens that each row's cache holds, where it is `there`: as if it had been a root, without another
         pass over it. `read` is `ValueScores.read` of a pass in which the candidate's parent was the last of these
         tokens. Only for a network that scores roots; None: every chosen token goes in as a root.
+      init_read: (batch, C) -> anything of the shape of `read`; None where `keep` is.
     """
 
     init_cache: Callable[[int, int], Cache]
@@ -130,4 +131,5 @@ class Value:
     score: Callable[[Params, ValueBlock, Array, Cache], tuple[ValueScores, Cache]]
     scores_root: bool = True
     ragged: bool = False
-    keep: Callable[[Cache, Array, Array, Array, Cache], Cache] | None = None
+    keep: Callable[[Cache, Cache, Array, Array, Array], Cache] | None = None
+    init_read: Callable[[int, int], Cache] | None = None

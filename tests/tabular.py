@@ -178,7 +178,7 @@ class Language:
                 prompt, node = self._locate(cache['tokens'], length + parent + 1)
                 return params[prompt, jnp.minimum(node * self.vocab_size + 1 + token, last)]
             return _each(root, candidate, block), cache
-        return types.Value(_init_cache, _prefill, score, ragged=True, keep=_keep)
+        return types.Value(_init_cache, _prefill, score, ragged=True, keep=_keep, init_read=_init_cache)
 
     def scores(self, distribution: categorical.ReturnDistribution, law: np.ndarray) -> jax.Array:
         """The scores with which `distribution` says `law`, a pmf over `support`.  # [N, M, K] -> [N, M, S]"""
@@ -272,7 +272,7 @@ def dyadic_value(num_scores: int = 1, seed: int = 1) -> types.Value:
             place = length + parent + 1
             return draw(_write(cache, token, place)['tokens'], place + 1)
         return _each(root, candidate, block), cache
-    return types.Value(_init_cache, _prefill, score, ragged=True, keep=_keep)
+    return types.Value(_init_cache, _prefill, score, ragged=True, keep=_keep, init_read=_init_cache)
 
 
 def block_after(root: jax.Array, candidates: jax.Array) -> types.ValueBlock:
@@ -335,11 +335,11 @@ def _each(root: Callable[[jax.Array], jax.Array], candidate: Callable[[jax.Array
     known = numbers[None] < block.known[:, None]
     return types.ValueScores(jnp.where(known[..., None], roots, jnp.nan),
                              jnp.where(block.wanted[..., None], candidates, jnp.nan),
-                             jnp.where(block.wanted, block.candidates, 1))
+                             {'tokens': jnp.where(block.wanted, block.candidates, 1)})
 
 
-def _keep(read: jax.Array, which: jax.Array, length: jax.Array, there: jax.Array, cache: types.Cache) -> types.Cache:
-    token = jnp.take_along_axis(read, which[:, None], axis=1)[:, 0]
+def _keep(cache: types.Cache, read: types.Cache, which: jax.Array, length: jax.Array, there: jax.Array) -> types.Cache:
+    token = jnp.take_along_axis(read['tokens'], which[:, None], axis=1)[:, 0]
     return _write(cache, token, jnp.where(there, length, cache['tokens'].shape[1]))
 
 

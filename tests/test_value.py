@@ -123,7 +123,7 @@ def test_rows_of_a_block_have_any_number_of_real_tokens(scan, value_config):
             which = np.argmax(parents == known[:, None] - 1, axis=1)
             there = (parents[np.arange(rows), which] == known - 1) & (np.arange(rows) != most)
             assert 0 < there.sum() < rows
-            cache = quick_jit(value.keep)(scores.read, *map(jnp.asarray, (which, length, there)), cache)
+            cache = quick_jit(value.keep)(cache, scores.read, *map(jnp.asarray, (which, length, there)))
             kept = np.where(there, block.candidates[np.arange(rows), which], tokens[np.arange(rows), length])
             tokens, length = tokens.at[np.arange(rows), length].set(kept), length + there
     assert (value.keep is None) == (scan or value_config.kind == 'q')

@@ -95,7 +95,7 @@ class Read:
     Attributes:
       ids: of the candidates.  # [B, C] int32
       there: which were in the pass.  # [B, C] bool
-      read: what a cache would hold of them.
+      read: what `Value.keep` puts into a cache of them.
     """
 
     ids: Array
@@ -113,7 +113,7 @@ class Read:
         assert how.value is not None and how.value.keep is not None
         same = self.there & (self.ids == state.pending[:, None])
         found = chosen & jnp.any(same, axis=1)  # all tokens before it went in with the pass
-        cache = how.value.keep(self.read, jnp.argmax(same, axis=1), state.value_length, found, state.value_cache)
+        cache = how.value.keep(state.value_cache, self.read, jnp.argmax(same, axis=1), state.value_length, found)
         return dataclasses.replace(state, value_cache=cache, value_length=state.value_length + found)
 
 
@@ -199,19 +199,18 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
         with jax.named_scope(VALUE_PASS):
             scores, cache = value.score(params, block, length, carry.cache)
         scored, given = _add(how, each, block, carry.ids, carry.wanted, scores, carry.scored)
-        of_first = jax.tree.map(lambda one, before: jnp.where(initial, one, before), read_of(scores), carry.of_first)
+        found = scores.roots, scores.read if keeping else None
+        of_first = jax.tree.map(lambda one, before: jnp.where(initial, one, before), found, carry.of_first)
         return _Passes(carry.number + 1, scored, *(left(scored) if several else (carry.ids, carry.wanted)), cache,
                        of_first, carry.spent + given)
 
     several = sparing or how.order != 'paper'
     keeping = value.keep is not None and value.scores_root and places == 1  # a drafted token is a root as it is
-
-    def read_of(scores: ValueScores) -> tuple[Array, Cache]:
-        return scores.roots, scores.read if keeping else None
-
-    empty, _ = jax.eval_shape(value.score, params, begin, state.value_length, state.value_cache)
-    empty = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), read_of(empty))
-    passes = _Passes(jnp.int32(0), scored, ids, first, state.value_cache, empty, jnp.zeros(batch, jnp.int32))
+    if keeping and value.init_read is None:
+        raise ValueError('The value network has `keep` but no `init_read`: give it both, or neither (types.Value).')
+    nothing = (jnp.zeros((*begin.roots.shape, distribution.num_scores), jnp.float32),
+               value.init_read(batch, count) if keeping and value.init_read is not None else None)
+    passes = _Passes(jnp.int32(0), scored, ids, first, state.value_cache, nothing, jnp.zeros(batch, jnp.int32))
     passes = jax.lax.while_loop(lambda carry: (carry.number == 0) | jnp.any(carry.wanted), make, passes
                                 ) if several else make(passes)
     scored, values, (roots, read) = passes.scored, state.values, passes.of_first
@@ -248,8 +247,7 @@ class _Passes(NamedTuple):
       ids: candidates of the next one.  # [N, C]
       wanted: which of them are.  # [N, C]
       cache: of the network.
-      of_first: scores of the first pass's roots, [B, W, K]; and what a cache would hold of its candidates, None where
-        no one asks.
+      of_first: scores of the first pass's roots, [B, W, K]; and `ValueScores.read`, None where no one asks.
       spent: tokens that rows had in them.  # [B] int32
     """
 

@@ -110,12 +110,17 @@ def _draw(how: Guidance, policy: Policy, keys: Array, count: Array, logits: Arra
     """
     log_probs = law(how, policy, count, logits, scored)
     token = guidance.sample(jax.vmap(jax.random.fold_in)(keys, count), log_probs)
-    mean = weight = jnp.full(token.shape, jnp.nan)
-    if scored is not None:
-        mean, weight = (jnp.take_along_axis(array, token[:, None], axis=1)[:, 0]
-                        for array in (scored.mean, scored.log_weight))
     untruncated = guidance.reference_log_probs(logits, policy.reference_temperature)
-    return token, mean, jnp.where(jnp.isnan(mean), jnp.nan, weight), guidance.kl_divergence(log_probs, untruncated)
+    return token, *told(scored, token), guidance.kl_divergence(log_probs, untruncated)
+
+
+def told(scored: Scored | None, token: Array) -> tuple[Array, Array]:
+    """Returns the expected return and the log-weight of a token of each row, NaN unless scored.  # [B] -> [B] x 2"""
+    if scored is None:
+        return (jnp.full(token.shape, jnp.nan),) * 2
+    mean, weight = (jnp.take_along_axis(array, token[:, None], axis=1)[:, 0]
+                    for array in (scored.mean, scored.log_weight))
+    return mean, jnp.where(jnp.isnan(mean), jnp.nan, weight)
 
 
 def append(state: DecodeState, token: Array, taken: Array, mean: Array, weight: Array, kl: Array,

@@ -38,6 +38,11 @@ def init_cache(config: TransformerConfig, batch: int, capacity: int) -> KVCache:
         raise ValueError(
             f'A cache of {capacity} slots was asked for; this model allows 1 to {config.max_positions} '
             'positions. Shorten the prompt or max_new_tokens.')
+    return empty(config, batch, capacity)
+
+
+def empty(config: TransformerConfig, batch: int, capacity: int) -> KVCache:
+    """Returns an empty cache of any number of slots, which need not be positions."""
     # Rows lead in a stack as well, so that they can be repeated and picked alike.
     leading, arrays = ((batch, config.layers), 1) if config.scan_layers else ((batch,), config.layers)
     first = (*leading, config.kv_heads, capacity, config.head_dim)
@@ -84,10 +89,10 @@ def write_one(cache: KVCache, new: KVCache, which: Array, start: Array, there: A
       cache: of all layers.
       new: keys and values of the tokens.
       which: of them each row gets.  # [B] int32
-      start: in which slot.  # [B] int32
+      start: in which slot; nothing beyond the capacity is written.  # [B] int32
       there: rows that get one.  # [B] bool
     """
-    start = jnp.where(there, start, cache.keys[0].shape[-1])  # beyond the capacity: not written
+    start = jnp.where(there, start, cache.keys[0].shape[-1])
     which = which[:, None, None, None]
 
     def put(array: Array, new: Array, axis: int) -> Array:

@@ -106,12 +106,10 @@ def value(config: TransformerConfig, value_config: ValueConfig, ragged: bool = T
         cache = cache_lib.write_all(cache, new, length, hidden)
         return dataclasses.replace(scores, read=read) if keeps else scores, cache
 
-    def keep(read: KVCache, which: Array, length: Array, there: Array, cache: KVCache) -> KVCache:
-        return cache_lib.write_one(cache, read, which, length, there)
-
     return Value(
         init_cache=functools.partial(transformer.init_cache, trunk), prefill=prefill, score=score,
-        scores_root=not q_type, ragged=sparing, keep=keep if keeps else None)
+        scores_root=not q_type, ragged=sparing, keep=cache_lib.write_one if keeps else None,
+        init_read=functools.partial(cache_lib.empty, trunk) if keeps else None)
 
 
 def value_scores(
