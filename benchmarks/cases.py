@@ -38,7 +38,7 @@ GUIDES = {
 
 @dataclasses.dataclass
 class Sides:
-    """Both workers, started when first asked for.
+    """Both workers, started when first asked for, and again when asked for after `close`.
 
     Attributes:
       folder: where one side leaves networks and prompts for the other.
@@ -59,6 +59,7 @@ class Sides:
     def __post_init__(self) -> None:
         self._workers: dict[str, Worker] = {}
         self._exported: set[tuple[int, int]] = set()
+        self._versions: dict[str, Any] = {}
         self.agreements: dict[str, Row] = {}
         self.fits: dict[str, dict[str, Row]] = {}
 
@@ -93,14 +94,15 @@ class Sides:
 
     def about(self) -> dict[str, Any]:
         """Returns versions by side, and what the prompts are from."""
-        versions = {side: worker.call('about') for side, worker in self._workers.items()}
-        return {**versions, 'questions': self.questions}
+        self._versions.update({side: worker.call('about') for side, worker in self._workers.items()})
+        return {**self._versions, 'questions': self.questions}
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, and with them what they hold; what they have left in `folder` remains."""
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()
+        self.fits.clear()
 
 
 def new_tokens(batch: int) -> int:

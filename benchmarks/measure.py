@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import json
 import os
 from pathlib import Path
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,19 +45,29 @@ class Worker:
         """
         process = self._process
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps({'call': name, **arguments}) + '\n')
-        process.stdin.flush()
-        line = process.stdout.readline()
-        answer = json.loads(line) if line else {'error': 'its process has ended; see above.'}
+        line = ''
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps({'call': name, **arguments}) + '\n')
+            process.stdin.flush()
+            line = process.stdout.readline()
+        answer = json.loads(line) if line else {'error': _ended(process.wait())}
         if 'error' in answer:
             raise RuntimeError(f'{self._side}, {name}: {answer["error"]}')
         return answer['result']
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, if it has not ended by itself."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
+
+
+def _ended(code: int) -> str:
+    """Returns what is said of a process that ended with this code."""
+    if code == -signal.SIGKILL:
+        return 'its process was killed, as the system does when memory runs out.'
+    return f'its process has ended with code {code}; see above.'
 
 
 def environment() -> dict[str, str]:

@@ -28,7 +28,7 @@ from qsharp_jax import results  # noqa: E402
 
 _ONLY = flags.DEFINE_list('only', [], f'Cases ({", ".join(cases.CASES)}), or beginnings of names of rows such as '
                           "'peer/batch=16'; all if left out. Rows that are not measured stay as they are.")
-_FULL = flags.DEFINE_bool('full', False, 'Also measure what takes long: hours instead of three quarters of one.')
+_FULL = flags.DEFINE_bool('full', False, 'Also measure what takes long: hours instead of half of one.')
 _DATA = flags.DEFINE_string('data', '', 'Folder of GSM8K (train.jsonl); else that of the variable '
                             f'{workload.DATA_VARIABLE}, else data/gsm8k. Without it, arithmetic takes its place.')
 _OUT = flags.DEFINE_string('out', str(ROOT / 'benchmarks' / 'results'), 'Folder of the results, one file a case.')
@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
                     tables.keep(out / f'{name}.json', row, {**_machine(), **sides.about()})
                     print(f'{row["name"]}: {tables.sentence(row)}  [{time.perf_counter() - began:.0f} s]', flush=True)
                     began = time.perf_counter()
+                sides.close()  # networks and programs of a case would otherwise be held to the end
         finally:
             sides.close()
     if out == ROOT / 'benchmarks' / 'results':

@@ -4,6 +4,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,15 @@ def contenders(first, second):
     log = []
     return log, {'ours': measure.Contender(FakeWorker(first, log), 'a', {}),
                  'peer': measure.Contender(FakeWorker(second, log), 'b', {})}
+
+
+def test_a_process_that_was_killed_is_told_of():
+    worker = measure.Worker('ours')
+    os.kill(worker.pid, signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='ours, about: its process was killed, as the system does when memory'):
+            worker.call('about')
+    worker.close()
 
 
 def test_sides_take_turns_and_ratios_are_of_one_round(monkeypatch):
