@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from pathlib import Path
 import platform
+import tempfile
 import time
 from typing import Any
 
@@ -196,10 +197,11 @@ class Side:
         Returns the tokens of all rows, `computed`, and of those how many are no padding, `real`.
         """
         rollouts, rewards = self._samples(samples)
-        writer = DatasetWriter(self._folder / samples)
+        folder = tempfile.mkdtemp(dir=self._folder)
+        writer = DatasetWriter(folder)
         writer.write_shard(1, 0, rollouts, {})
         writer.write_labels(1, 0, samples, rewards)
-        laid = FitBatches(AggregatedDataset(self._folder / samples, samples, 1), batch, samples_per_row, _SEED)
+        laid = FitBatches(AggregatedDataset(folder, samples, 1), batch, samples_per_row, _SEED)
         batches = [jax.tree.map(jnp.asarray, laid.batch(step)) for step in range(laid.steps_per_epoch)]
         value_config, values = self._value(layers)
 
