@@ -228,6 +228,7 @@ def fit() -> ml_collections.ConfigDict:
     config.epochs = 5.0  # passes over the data
     config.optimizer = 'adamw'  # 'adamw' | 'muon'
     config.learning_rate = 2e-5
+    config.learning_rate_factors = (1.0,)  # multiples of it to fit at; the fit of the least held-out loss is kept
     config.head_lr_multiplier = 1.0  # learning rate of the new head, as a multiple
     config.weight_decay = 0.01
     config.clip_norm = 5.0  # of the whole gradient; 0: no clipping

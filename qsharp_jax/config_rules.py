@@ -175,6 +175,9 @@ def _single(keys: Mapping[str, Any]) -> Iterator[str]:
         if not rates or not all(0 < rate < math.inf for rate in rates):
             yield (f'config.baselines.{method}.learning_rates is {rates}; it needs at least one rate, and every one '
                    'must be above 0.')
+    factors = keys['fit.learning_rate_factors']
+    if not factors or not all(0 < factor < math.inf for factor in factors):
+        yield f'config.fit.learning_rate_factors is {factors}; it needs at least one, and every one must be above 0.'
     if '{question}' not in keys['task.template']:
         yield f"config.task.template is {keys['task.template']!r}; it must have '{{question}}' where the question goes."
     for key in ('reward', 'reference.source', 'task.data_dir', 'task.arithmetic.operations', 'eval.methods'):
@@ -205,6 +208,10 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     if keys['guidance.outside'] == 'soft_bellman' and keys['value.type'] == 'q':
         yield ("config.guidance.outside is 'soft_bellman', which needs the value of the last chosen token, and "
                "config.value.type 'q' has none: choose another rule, or type 'v'.")
+    if len(keys['fit.learning_rate_factors']) > 1 and not keys['fit.heldout_fraction']:
+        yield (f"config.fit.learning_rate_factors is {keys['fit.learning_rate_factors']}, and "
+               'config.fit.heldout_fraction is 0: the best is chosen by the loss on held-out prompts. Hold some out, '
+               'or give one factor.')
     if keys['fit.frozen_layers'] and keys['value.scan_layers']:
         yield (f"config.fit.frozen_layers is {keys['fit.frozen_layers']}, and config.value.scan_layers is True: "
                'stacked layers are trained together or not at all. Set one of them to its default.')

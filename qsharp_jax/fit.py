@@ -18,8 +18,20 @@ from qsharp_jax.optimizers import OptimizerConfig
 from qsharp_jax.types import Array, Params
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    """A finished fit: its learning rate, parameters, and quality on held-out prompts (None if none are held out)."""
+
+    rate: float
+    params: Params
+    quality: learner.FitEvaluation | None
+
+
 def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> Params:
     """Returns the value network of an iteration: read back if it is finished, else fitted, on from a checkpoint.
+
+    With several `fit.learning_rate_factors` one is fitted at each rate; that of the least loss on held-out prompts is
+    kept.
 
     Args:
       experiment: the run.
@@ -35,16 +47,48 @@ def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> P
     goes_on = config.fit.init == 'previous' and previous is not None
     start = previous if goes_on else experiment.init_value_params()
     train, heldout = batches(experiment, iteration)
-    steps = max(1, math.ceil(config.fit.epochs * train.steps_per_epoch))
-    optimizer = optimizer_config(config.fit, steps)
+    etas = tuple(sorted({float(config.eta), *(float(eta) for eta in config.eval.etas)}))
+    best: _Fitted | None = None
+    sweep: dict[str, float] = {}
+    for rate in sorted(float(config.fit.learning_rate * factor) for factor in config.fit.learning_rate_factors):
+        fitted = _fit(experiment, iteration, rate, start, train, heldout, etas)
+        if fitted.quality is not None:
+            sweep[f'{rate:g}'] = fitted.quality.loss
+        if best is None or _loss(fitted) < _loss(best):
+            best = fitted
+    assert best is not None
+    about = {'learning_rate': best.rate, 'sweep': sweep}
+    if best.quality is not None:
+        write_calibration(experiment, iteration, best.quality, etas, about)
+    checkpoint.save_params(directory, best.params, {
+        **experiment.value_meta(), **about, 'iteration': iteration, 'dataset': train.digest,
+        'steps': _steps(experiment, train)})
+    return best.params
+
+
+def _loss(fitted: _Fitted) -> float:
+    return fitted.quality.loss if fitted.quality is not None else math.inf
+
+
+def _steps(experiment: Experiment, train: FitBatches) -> int:
+    return max(1, math.ceil(experiment.config.fit.epochs * train.steps_per_epoch))
+
+
+def _fit(experiment: Experiment, iteration: int, rate: float, start: Params, train: FitBatches,
+         heldout: list[FitBatch], etas: tuple[float, ...]) -> _Fitted:
+    """Returns the fit at one learning rate, on from its last checkpoint. The arguments are those of `fit_iteration`."""
+    config, steps, digest = experiment.config, _steps(experiment, train), train.digest
+    several = len(config.fit.learning_rate_factors) > 1
+    name = f'fit_{iteration}' if experiment.role == 'value' else f'fit_{experiment.role}_{iteration}'
+    stage, title = name, f'{name.replace("_", " ")}/{config.iterations}'
+    if several:
+        stage, title = f'{name}_{rate:g}', f'{title} at {rate:g}'
+    optimizer = optimizer_config(config.fit, rate, steps)
     state = learner.init(start, optimizer)
     update = learner.make_update(scores_fn(experiment), experiment.distribution, optimizer, state,
                                  config.fit.accumulate)
-    etas = tuple(sorted({float(config.eta), *(float(eta) for eta in config.eval.etas)}))
     predict = learner.make_predict(scores_fn(experiment), experiment.distribution, etas)
-    stage = f'fit_{iteration}' if experiment.role == 'value' else f'fit_{experiment.role}_{iteration}'
     saved = checkpoint.Checkpoints(experiment.workdir / 'checkpoints' / stage, config.checkpoint.keep)
-    digest = train.digest
     found = saved.restore_latest(state)
     if found is not None:
         state, meta = found
@@ -55,7 +99,7 @@ def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> P
     first = int(state.step)
     writer = Writer(experiment.workdir)
     writer.resume(stage, first)
-    title = f'{stage.replace("_", " ")}/{config.iterations}'
+    quality: learner.FitEvaluation | None = None
     with progress.bar(title, total=steps, unit='steps', initial=first) as bar:
         for step in range(first, steps):
             state, metrics = update(state, sharding.shard_batch(experiment.mesh, train.batch(step)))
@@ -64,8 +108,8 @@ def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> P
             if last or done % config.logging.every_steps == 0:
                 row = {name: float(value) for name, value in metrics.items()}
                 if not math.isfinite(row['loss']):
-                    raise ValueError(f'the loss of {stage} is {row["loss"]} at step {done}: lower '
-                                     'fit.learning_rate or fit.clip_norm. The last checkpoint is kept.')
+                    raise ValueError(f'the loss of {stage} is {row["loss"]} at step {done}: lower its learning rate '
+                                     'or fit.clip_norm. The last checkpoint is kept.')
                 writer.write(stage, done, {**row, 'epoch': done / train.steps_per_epoch}, iteration=iteration)
                 bar.update(done - bar.count, loss=row['loss'])
             if heldout and (last or done % config.logging.heldout_every_steps == 0):
@@ -74,15 +118,14 @@ def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> P
                                            'heldout_brier': quality.brier,
                                            'heldout_ece': calibration.ece(_reliability(experiment, quality))},
                              iteration=iteration)
-                if last:
-                    write_calibration(experiment, iteration, quality, etas)
-            if not last and done % config.fit.checkpoint_every_steps == 0:
+            # Of several fits each is kept until the last is done.
+            if several if last else done % config.fit.checkpoint_every_steps == 0:
                 saved.save(done, state, {'dataset': digest})
-    checkpoint.save_params(directory, state.params, {**experiment.value_meta(), 'iteration': iteration,
-                                                     'dataset': digest, 'steps': steps})
     saved.close()
     writer.close()
-    return state.params
+    if heldout and quality is None:  # it was finished before
+        quality = learner.evaluate_loss(predict, state.params, heldout, experiment.distribution)
+    return _Fitted(rate, state.params, quality)
 
 
 def scores_fn(experiment: Experiment) -> learner.ScoresFn:
@@ -96,10 +139,10 @@ def scores_fn(experiment: Experiment) -> learner.ScoresFn:
     return scores
 
 
-def optimizer_config(fit: Any, steps: int) -> OptimizerConfig:
-    """Returns the optimizer of the config's section `fit` for a fit of `steps` steps."""
+def optimizer_config(fit: Any, rate: float, steps: int) -> OptimizerConfig:
+    """Returns the optimizer of the config's section `fit` for a fit of `steps` steps at a learning rate."""
     return OptimizerConfig(
-        learning_rate=fit.learning_rate, weight_decay=fit.weight_decay, clip_norm=fit.clip_norm or math.inf,
+        learning_rate=rate, weight_decay=fit.weight_decay, clip_norm=fit.clip_norm or math.inf,
         schedule=fit.schedule, end_share=fit.end_share, warmup_steps=fit.warmup_steps, total_steps=steps,
         head_lr_multiplier=fit.head_lr_multiplier, frozen_layers=fit.frozen_layers, optimizer=fit.optimizer)
 
@@ -135,8 +178,14 @@ def batches(experiment: Experiment, iteration: int) -> tuple[FitBatches, list[Fi
 
 
 def write_calibration(experiment: Experiment, iteration: int, quality: learner.FitEvaluation,
-                      etas: tuple[float, ...]) -> None:
-    """Writes what the held-out predictions of a finished fit are worth to calibration/iteration_<k>.json."""
+                      etas: tuple[float, ...], about: dict[str, Any]) -> None:
+    """Writes what the held-out predictions of a finished fit are worth to calibration/iteration_<k>.json.
+
+    Args:
+      experiment, iteration, etas: of the fit.
+      quality: of its predictions.
+      about: more that is to be said of it there.
+    """
     predictions, support = quality.predictions, experiment.distribution
     low, high = support.v_min, support.v_max
     bins = _reliability(experiment, quality)
@@ -144,7 +193,8 @@ def write_calibration(experiment: Experiment, iteration: int, quality: learner.F
     positions = calibration.by_position(
         predictions.mean, predictions.reward, predictions.weight, predictions.position, edges, low, high)
     content = {
-        'loss': quality.loss, 'accuracy': quality.accuracy, 'brier': quality.brier, 'ece': calibration.ece(bins),
+        **about, 'loss': quality.loss, 'accuracy': quality.accuracy, 'brier': quality.brier,
+        'ece': calibration.ece(bins),
         'auc': calibration.auc(predictions.mean, predictions.reward > (low + high) / 2, predictions.weight),
         'samples': quality.num_samples,
         'bins': [

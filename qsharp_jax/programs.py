@@ -187,7 +187,8 @@ def bytes_per_device(tree: object) -> int:
 
 def update(parts: Experiment, sizes: Sizes) -> jax.stages.Lowered:
     """Returns one gradient step of the fit."""
-    optimizer = fit.optimizer_config(parts.config.fit, parts.config.fit.warmup_steps + 1)
+    optimizer = fit.optimizer_config(parts.config.fit, parts.config.fit.learning_rate,
+                                     parts.config.fit.warmup_steps + 1)
     state = learner.abstract_state(parts.value_target, optimizer)
 
     def array(dtype: Any) -> Any:
