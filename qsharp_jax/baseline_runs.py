@@ -12,7 +12,7 @@ from qsharp_jax.baselines import policies
 from qsharp_jax.evaluate import Evaluated
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows, replace_text, ResultsFile
-from qsharp_jax.results import Evaluation, plan_of
+from qsharp_jax.results import Evaluation
 from qsharp_jax.types import Params
 
 PAIRS = '_pairs'  # ends the names of methods whose value network was fitted to pairs
@@ -47,16 +47,17 @@ def run_policy(parts: Experiment, evaluation: Evaluation, method: str) -> None:
     replace_text(_chosen_path(parts.workdir, method), json.dumps({'directory': trained.name, 'learning_rate': best}))
 
 
-def run_pairs(parts: Experiment) -> None:
+def run_pairs(parts: Experiment, evaluation: Evaluation) -> None:
     """Fits a value network to pairs of right and wrong answers, and adds the rows of what it guides to the results.
 
     Args:
       parts: the run, loaded.
+      evaluation: of the run, in which the reference has been evaluated.
     """
     side = pairs.beside(parts)
     _, graded = pairs.read(parts)
     values = fit.fit_iteration(side, 1, None)
-    Evaluation(side, plan_of(parts.config)).run(1, values)
+    evaluation.beside(side).run(1, values)
     rows = read_rows(side.workdir / 'results.jsonl')
     ResultsFile(parts.workdir / 'results.jsonl').add(
         {**row, 'method': row['method'] + PAIRS, 'answers': graded} for row in rows)

@@ -139,6 +139,16 @@ class Evaluation:
             row['score'] = float(score)
         self._results.add([self._row(evaluated, split, scored_by=iteration) for evaluated in chosen])
 
+    def beside(self, parts: Experiment) -> Evaluation:
+        """Returns the evaluation of networks in another work directory, which are compared with the reference here.
+
+        Args:
+          parts: the experiment there, of the same reference.
+        """
+        other = Evaluation(parts, self._plan)
+        other._answers.update({key: rows for key, rows in self._answers.items() if key[1].method == 'reference'})
+        return other
+
     def run_policy(self, policy: Evaluated, parts: Experiment, divergence: Divergence, about: Row) -> None:
         """Adds the rows of a policy that was trained itself to results.jsonl.
 

@@ -96,7 +96,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
             evaluation.rank(config.iterations, values)
     if config.baselines.value_on_pairs:
         with timed(directory, 'value on pairs'):
-            baseline_runs.run_pairs(parts)
+            baseline_runs.run_pairs(parts, evaluation)
     for method in config.baselines.methods:
         with timed(directory, f'train {method}'):
             baseline_runs.run_policy(parts, evaluation, method)

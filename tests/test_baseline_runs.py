@@ -148,6 +148,21 @@ def test_pairs_are_of_a_right_and_a_wrong_answer(compared: Experiment) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (compared.workdir / 'pairs').rglob('*')}
 
 
+def test_networks_on_pairs_are_compared_with_the_reference(compared: Experiment) -> None:
+    evaluation = Evaluation(compared, plan_of(compared.config))
+    evaluation.run(0, None)
+    baseline_runs.run_pairs(compared, evaluation)
+    for split in ('validation', 'test'):
+        start, = rows_of(compared, 'reference', split)
+        for method in ('cd_pairs', 'qsharp_pairs'):
+            found = rows_of(compared, method, split)
+            assert [row['eta'] for row in found] == [0.1, 0.5]
+            for row in found:
+                assert row['difference_to_reference'] == pytest.approx(row['pass@1'] - start['pass@1'])
+    # Its answers are those of the run.
+    assert not list(compared.workdir.glob('pairs/samples/*/reference*'))
+
+
 def test_pairs_with_the_answers_of_the_task(data: Path, tmp_path: Path) -> None:
     parts = loaded(data, tmp_path, baselines__right='answer', reward='star_graph', baselines__pair_tries=3)
     found, graded = pairs.read(parts)
