@@ -41,10 +41,11 @@ def run_policy(parts: Experiment, evaluation: Evaluation, method: str) -> None:
     # Of equals the smaller rate, which stays nearer to the reference.
     best = max(sorted(sweep), key=lambda rate: sweep[rate]) if sweep else rates[0]
     trained = policy_fit.train(parts, method, best)
+    # Before its rows, by which a run is known to be done.
+    replace_text(_chosen_path(parts.workdir, method), json.dumps({'directory': trained.name, 'learning_rate': best}))
     evaluation.run_policy(*_answering(parts, method, trained), {
         'learning_rate': best, 'sweep': {f'{rate:g}': reached for rate, reached in sweep.items()},
         'answers': trained.answers})
-    replace_text(_chosen_path(parts.workdir, method), json.dumps({'directory': trained.name, 'learning_rate': best}))
 
 
 def run_pairs(parts: Experiment, evaluation: Evaluation) -> None:

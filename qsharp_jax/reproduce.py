@@ -1,18 +1,22 @@
 """The runs of a table or figure of the paper: what is done, what is left and what it takes, and the doing of it."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
+import itertools
 import json
+import math
 from pathlib import Path
 import shlex
 
 import jax
 import ml_collections
 
+from qsharp_jax import baseline_runs
 from qsharp_jax import config as config_lib
 from qsharp_jax import estimates, plans, results, star_graph_records, train
 from qsharp_jax.categorical import METHODS
+from qsharp_jax.evaluate import Evaluated
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.plans import Job
 from qsharp_jax.progress import duration
@@ -58,23 +62,34 @@ class Planned:
         rows = [] if not (self.workdir / 'results.jsonl').exists() else read_rows(self.workdir / 'results.jsonl')
         there = {(row['method'], row['iteration'], row['eta'], row['temperature'], row['split']) for row in rows}
         chosen = {(row['method'], row['iteration'], row['split']) for row in rows if row['selected']}
-        last = self.config.iterations
         lacking = []
-        for iteration in range(last + 1):
-            # A borrowed network is the last that its run has.
-            meant = set(METHODS) - ({'qsharp'} if self.config.value.run and iteration < last else set())
-            for group in results.policies(plan, iteration, meant):
-                for policy in group:
-                    eta = policy.eta if policy.guided else None
-                    swept = plan.sweep_splits if policy.guided else plan.splits
-                    wanted = [(policy.method, iteration, eta, policy.temperature, split) for split in swept]
-                    once = [(policy.method, iteration, split) for split in plan.splits if split not in swept]
-                    if not there.issuperset(wanted) or not chosen.issuperset(once):
-                        lacking.append(f'{policy.method} {iteration}')
+        for name, policy in self._evaluated(plan):
+            eta = policy.eta if policy.guided else None
+            swept = plan.sweep_splits if policy.guided else plan.splits
+            wanted = [(name, policy.iteration, eta, policy.temperature, split) for split in swept]
+            once = [(name, policy.iteration, split) for split in plan.splits if split not in swept]
+            if not there.issuperset(wanted) or not chosen.issuperset(once):
+                lacking.append(f'{name} {policy.iteration}')
         scored = any(row['scored_by'] is not None for row in rows if 'scored_by' in row)
         if self.config.eval.reward_model and not scored:
             lacking.append('scores of answers')
         return list(dict.fromkeys(lacking))
+
+    def _evaluated(self, plan: results.Plan) -> Iterator[tuple[str, Evaluated]]:
+        """Yields each policy that the run leaves rows of, with the name of its method in them."""
+        config, last = self.config, self.config.iterations
+        for iteration in range(last + 1):
+            # A borrowed network is the last that its run has.
+            meant = set(METHODS) - ({'qsharp'} if config.value.run and iteration < last else set())
+            for policy in itertools.chain.from_iterable(results.policies(plan, iteration, meant)):
+                yield policy.method, policy
+        if config.value.run:  # nothing is trained then
+            return
+        if config.baselines.value_on_pairs:
+            for policy in itertools.chain.from_iterable(results.policies(plan, 1)):
+                yield policy.method + baseline_runs.PAIRS, policy
+        for method in config.baselines.methods:
+            yield method, Evaluated(method, 0, math.inf, plan.temperatures[0])
 
     @property
     def status(self) -> str:

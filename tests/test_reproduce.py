@@ -26,6 +26,8 @@ KEYS = {'eval__cd_network': 'own', 'eval__methods': 'cd,qsharp', 'eval__samples'
         'guidance__candidates': 4}
 TOLD_BY_JOBS = 'iterations', 'fit.tokens', 'value.type', 'value.head', 'eval.methods', 'eval.reward_model'
 
+Row = dict[str, Any]
+
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -111,6 +113,29 @@ def test_every_plan_has_configurations_and_an_order(table: str, size: str, tmp_p
         sources = ' '.join(one.config.reference.source.lower() for one in found)
         columns = publish.paper.TABLES[table].columns if table in publish.paper.TABLES else ()
         assert all(publish.paper.MODELS[column.reference] in sources for column in columns)
+
+
+def test_a_run_is_done_when_each_of_its_methods_has_its_rows(tmp_path: Path) -> None:
+    one, = reproduce.planned('star_graph', 'tiny', tmp_path, [('eval.every_eta', 'False'), ('eval.etas', '0.1,0.3')])
+    unguided = [('reference', 0, None, temperature) for temperature in (1.0, 0.7, 0.5, 0.0)] + [
+        (method, 0, None, 1.0) for method in ('reinforce', 'reinforce_greedy', 'grpo', 'dpo', 'rpo')]
+    guided = [(method + ending, 1, eta, 1.0) for method in ('cd', 'qsharp', 'fudge') for ending in ('', '_pairs')
+              for eta in (0.1, 0.3) if not (method == 'fudge' and eta == 0.3)]
+    # On the reported split, of several eta the chosen one only.
+    rows = [{'method': method, 'iteration': iteration, 'eta': eta, 'temperature': temperature, 'split': split,
+             'selected': eta in (None, 0.1), 'scored_by': 1}
+            for method, iteration, eta, temperature in unguided + guided for split in ('validation', 'test')
+            if split == 'validation' or eta != 0.3]
+    one.workdir.mkdir(parents=True)
+
+    def missing(left_out: Row | None) -> list[str]:
+        (one.workdir / 'results.jsonl').write_text(''.join(
+            json.dumps(row) + '\n' for row in rows if row is not left_out))
+        return one.missing
+
+    assert missing(None) == [] and one.status == 'done'
+    for row in rows:
+        assert missing(row) == [f'{row["method"]} {row["iteration"]}'] and one.status == 'to do'
 
 
 @pytest.mark.parametrize('arguments, words', [

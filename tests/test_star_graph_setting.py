@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qsharp_jax import config as config_lib
-from qsharp_jax import experiment, export, sharding, star_graph_records, train
+from qsharp_jax import experiment, export, plans, reproduce, sharding, star_graph_records, train
 from qsharp_jax.data import builders, star_graph_files
 from qsharp_jax.data.star_graph import StarGraphConfig
 from qsharp_jax.data.star_graph_text import parse_question, right_path
@@ -173,8 +173,9 @@ def test_a_task_without_texts_is_refused(tmp_path: Path) -> None:
 @pytest.mark.whole
 def test_the_papers_run_in_small(tmp_path: Path) -> None:
     folder, workdir = published(tmp_path / 'gpt2'), tmp_path / 'run'
-    report = train.run(config_of(tmp_path / 'data', folder, **{
-        'baselines.methods': 'dpo', 'baselines.value_on_pairs': True}), workdir)
+    config = config_of(tmp_path / 'data', folder, **{'baselines.methods': 'dpo', 'baselines.value_on_pairs': True})
+    report = train.run(config, workdir)
+    assert not reproduce.Planned(plans.Job('run', ''), workdir, config, (), None).missing
     rows = read_rows(workdir / 'results.jsonl')
     assert {row['method'] for row in rows} == {'reference', 'qsharp', 'qsharp_pairs', 'dpo'}
     assert report is not None and 'DPO' in report.read_text() and 'Q♯ on pairs' in report.read_text()
