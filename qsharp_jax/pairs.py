@@ -18,6 +18,8 @@ from qsharp_jax.experiment import Experiment, grade
 from qsharp_jax.queue import Queue
 from qsharp_jax.types import Policy
 
+SETTINGS = 'right', 'pair_tries'  # of `config.baselines`: what pairs depend on and a run may change
+
 _RIGHT, _WRONG = 0, 1  # numbers of the two answers among those to their prompt
 _NOISE = 1 << 20  # iteration of the first draw in the address of its noise, beyond those of any training
 
@@ -48,7 +50,8 @@ def read(experiment: Experiment) -> tuple[list[Pair], int]:
       experiment: the run.
 
     Raises:
-      ValueError: the task has no right answers, the reward does not take them for right, or there is no pair at all.
+      ValueError: the task has no right answers, the reward does not take them for right, there is no pair at all, or
+        they were drawn with other settings.
     """
     draw(experiment)
     manifest = Manifest(beside(experiment).dataset_dir)
@@ -64,7 +67,7 @@ def draw(experiment: Experiment) -> None:
     """Adds the pairs of the first iteration's prompts and their labels to the data set beside, unless they are there.
 
     Raises:
-      ValueError: as `read`.
+      ValueError: as `read`, or pairs are there that were drawn with other settings.
     """
     config = experiment.config
     prompts = experiment.prompts('train')
@@ -73,6 +76,8 @@ def draw(experiment: Experiment) -> None:
     if given and 'answer' not in prompts.columns:
         raise ValueError("baselines.right is 'answer', and the task's questions have none: use 'sampled'.")
     side = beside(experiment)
+    settings = {name: config.baselines[name] for name in SETTINGS}
+    _check_settings(side, settings)
     writer = DatasetWriter(side.dataset_dir)
     queue: Queue | None = None
     size = config.collect.block_examples
@@ -86,9 +91,19 @@ def draw(experiment: Experiment) -> None:
                 right = _given(experiment, prompts, block) if given else {}
                 wrong, graded = _search(experiment, queue, prompts, block, right)
                 writer.write_shard(1, number, _units(prompts, block, right, wrong, config.baselines.pair_tries),
-                                   {'pairs': config.baselines.right, 'graded': graded})
+                                   {**settings, 'graded': graded})
             bar.update(len(block))
     collect.label_missing(side, 1)
+
+
+def _check_settings(side: Experiment, settings: dict[str, Any]) -> None:
+    """Raises ValueError if a block of pairs says that it was drawn with other settings."""
+    for shard in Manifest(side.dataset_dir).upto(1):
+        differ = [f'baselines.{name} was {shard.meta[name]!r}, now {value!r}' for name, value in settings.items()
+                  if shard.meta.get(name, value) != value]
+        if differ:
+            raise ValueError(f'the pairs in {side.workdir} were drawn with other settings: {"; ".join(differ)}. Give '
+                             'them back their values, or delete that directory to draw pairs anew.')
 
 
 def untruncated(policies: Policy, temperature: float) -> Policy:

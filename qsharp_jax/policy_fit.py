@@ -344,7 +344,7 @@ def _settings(experiment: Experiment, method: str, learning_rate: float) -> dict
     kind = policies.METHODS[method]
     common = ('batch_size', 'optimizer', 'weight_decay', 'clip_norm', 'warmup_share', 'schedule', 'end_share')
     own = {name: value for name, value in baselines[kind.section].items() if name != 'learning_rates'}
-    data = ({name: baselines[name] for name in ('epochs', 'right', 'pair_tries')} if kind.pairs
+    data = ({name: baselines[name] for name in ('epochs', *pairs.SETTINGS)} if kind.pairs
             else {'answers': answers_of(experiment)})
     return {'learning_rate': learning_rate, **{name: baselines[name] for name in common}, **own, **data}
 

@@ -148,6 +148,13 @@ def test_pairs_are_of_a_right_and_a_wrong_answer(compared: Experiment) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (compared.workdir / 'pairs').rglob('*')}
 
 
+def test_pairs_of_other_settings_are_refused(compared: Experiment, data: Path) -> None:
+    again = loaded(data, compared.workdir, baselines__right='answer', baselines__pair_tries=7)
+    with pytest.raises(ValueError, match="pairs were drawn with other settings: baselines.right was 'sampled', now "
+                                         "'answer'; baselines.pair_tries was 1000, now 7.* delete that directory"):
+        pairs.read(again)
+
+
 def test_networks_on_pairs_are_compared_with_the_reference(compared: Experiment) -> None:
     evaluation = Evaluation(compared, plan_of(compared.config))
     evaluation.run(0, None)
