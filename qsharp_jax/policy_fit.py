@@ -221,7 +221,9 @@ class _OwnAnswers:
 
     def round(self, number: int, params: Params) -> tuple[list[Batch], dict[str, float]]:
         config = self._experiment.config
-        self._queue = self._queue or _answering(self._experiment, self._prompts, config.collect.batch_rows)
+        # A row without an answer would be decoded as well.
+        self._queue = self._queue or _answering(self._experiment, self._prompts, min(
+            config.collect.batch_rows, self._asked * self._samples))
         # The noise of iteration 0 is the evaluation's.
         self._queue.renew(params, number + 1)
         drawn = self._queue.draw(self._which(number), self._samples, self._sampler)

@@ -126,6 +126,19 @@ def test_rounds_are_of_the_policy_and_of_its_most_probable_answers_where_greedy(
     assert (sampled != answers('reinforce', 0, baseline_runs.chosen_policies(compared)['reinforce'])).any()
 
 
+def test_a_round_has_no_more_rows_than_answers_and_they_do_not_depend_on_it(compared: Experiment) -> None:
+    source, params = policy_fit._OwnAnswers(compared, 'reinforce'), compared.reference_params
+    source.round(3, params)
+    assert source._queue is not None and compared.config.collect.batch_rows == 16
+    wide = policy_fit._answering(compared, compared.prompts('train'), 16)
+    wide.renew(params, 4)
+    drawn, other = (queue.draw(source._which(3), 1, source._sampler) for queue in (source._queue, wide))
+    np.testing.assert_array_equal(drawn.read.tokens, other.read.tokens)
+    assert len({tuple(row) for row in drawn.read.tokens}) > 4
+    # Of sixteen rows, eight had an answer.
+    assert drawn.steps == other.steps and drawn.occupancy == 2 * other.occupancy
+
+
 def test_new_parameters_compile_nothing(compared: Experiment) -> None:
     source = policy_fit._OwnAnswers(compared, 'reinforce')
     source.round(0, compared.reference_params)
