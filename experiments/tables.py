@@ -6,7 +6,8 @@
 
 The first prints the results of a run as Markdown, and writes its tables, plots and report.html anew. The second prints
 the table, and writes it as Markdown, LaTeX, PNG and SVG; --table=fig3 is the figure of pass@1 against KL. The third
-prints what every method reaches on star graphs, and draws it as PNG and SVG.
+prints what every method reaches on star graphs, draws it as PNG and SVG, and writes star_graph.json, which stands for
+the runs where these are not: --figure=star_graph path/to/star_graph.json
 """
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('--table', choices=publish.NAMES, help='of the paper')
     parser.add_argument('--figure', choices=(star_graph_records.NAME,), help='of the paper, section 3')
     parser.add_argument('--out', type=Path, default=Path('tables'), help='directory of what is written of several runs')
-    parser.add_argument('workdirs', type=Path, nargs='*', help='directories of runs, with --table or --figure')
+    parser.add_argument('workdirs', type=Path, nargs='*',
+                        help='directories of runs, with --table or --figure; with --figure also a star_graph.json')
     args = parser.parse_args(argv)
     if sum(given is not None for given in (args.table, args.figure, args.workdir)) != 1 or (
             args.workdirs and args.workdir is not None):

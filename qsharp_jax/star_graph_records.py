@@ -1,7 +1,12 @@
-"""The figure of star graphs from work directories: what `report.star_graph_figure` draws is read from these."""
+"""The figure of star graphs from work directories: what `report.star_graph_figure` draws is read from these.
+
+What the figure needs of its runs is written beside it as one file, small enough to be kept in a repository, from which
+it is drawn again when the work directories are gone.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,30 +14,51 @@ from typing import Any
 
 from qsharp_jax.data.star_graph_text import right_path
 from qsharp_jax.metrics import read_rows, replace_text
-from qsharp_jax.report import plots, star_graph_figure
+from qsharp_jax.report import plots, records, star_graph_figure
 from qsharp_jax.report.star_graph_figure import Run, SHOWN
 
 NAME = 'star_graph'  # of the figure
 
+# Of a row of results.jsonl; the rest is neither drawn nor what a reader of the file would miss.
+_KEPT = ('method', 'iteration', 'eta', 'temperature', 'learning_rate', 'sweep', 'answers', 'pass@1', 'pass@1_se', 'kl',
+         'kl_se', 'difference_to_reference', 'difference_to_reference_se', 'n_examples', 'n_samples', 'commit')
+
 Row = dict[str, Any]
 
 
-def write(workdirs: Sequence[Path], out: Path) -> str:
+def write(sources: Sequence[Path], out: Path) -> str:
     """Writes the figure below `out`, and returns its accuracies as Markdown.
 
     Args:
-      workdirs: of runs, finished or not, at least one.
-      out: directory of the files: star_graph.md, .png and .svg.
+      sources: work directories of runs, finished or not, and files that this function has written; at least one.
+      out: directory of the files: star_graph.md, .png, .svg, and .json, which is all that they were made of.
 
     Raises:
       ValueError: there is none, or one holds no run or one of another task.
     """
-    runs = [read(workdir) for workdir in workdirs]
+    runs = [run for source in sources for run in ([read(source)] if source.is_dir() else load(source))]
     figure = star_graph_figure.draw(runs)
     text = star_graph_figure.markdown(runs)
     plots.save({NAME: figure}, out)
     replace_text(out / f'{NAME}.md', text)
+    lines = [json.dumps(dataclasses.asdict(run), allow_nan=False) for run in runs]
+    replace_text(out / f'{NAME}.json', '[\n' + ',\n'.join(lines) + '\n]\n')
     return text
+
+
+def load(path: Path) -> list[Run]:
+    """Returns the runs in a file that `write` has written.
+
+    Raises:
+      ValueError: there is no such file, or it is another.
+    """
+    if not path.exists():
+        raise ValueError(f'there is no {path}: name work directories of runs, or the star_graph.json of a figure.')
+    try:
+        return [Run(**run) for run in json.loads(path.read_text(encoding='utf-8'))]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'{path} holds no runs on star graphs ({error}): name work directories of runs, or the '
+                         'star_graph.json of a figure.') from error
 
 
 def read(workdir: Path) -> Run:
@@ -41,20 +67,19 @@ def read(workdir: Path) -> Run:
     Raises:
       ValueError: the directory holds no run, or one of another task.
     """
-    path = workdir / 'config.json'
-    if not path.exists():
-        raise ValueError(f'{workdir} holds no run: it has no config.json.')
-    config = json.loads(path.read_text(encoding='utf-8'))
+    run = records.read(workdir, samples=False)
+    config = run.config
     if config['task']['name'] != 'star_graph':
         raise ValueError(f'{workdir} is a run of the task {config["task"]["name"]!r}, and the figure is of star_graph.')
-    graph, split = config['task']['star_graph'], config['eval']['split']
+    graph = config['task']['star_graph']
     per_iteration = (config['collect']['examples'] or graph['train_examples']) * config['collect']['samples']
-    rows = [_with_answers(row, per_iteration) for row in read_rows(workdir / 'results.jsonl')
-            if row['split'] == split and _is_chosen(row, config['sampling']['temperature'])]
+    rows = [_kept({'answers': row['iteration'] * per_iteration, **row}) for row in run.results
+            if row['split'] == run.split and _is_chosen(row, config['sampling']['temperature'])]
     last = {row['method']: row for row in sorted(rows, key=lambda row: row['iteration'])}
     return Run(
-        degree=graph['degree'], path_length=graph['path_length'], results=list(last.values()),
-        steps=_steps(workdir, split, last), values=_values(workdir), curves=_curves(workdir),
+        degree=graph['degree'], path_length=graph['path_length'], seed=config['seed'],
+        hours=sum(run.timings.values()) / 3600, results=list(last.values()), steps=_steps(workdir, run.split, last),
+        values=[*_values(workdir, 'qsharp'), *_values(workdir / 'pairs', 'qsharp_pairs')], curves=_curves(run.metrics),
         guided=[row for row in rows if row['method'] == 'qsharp'])
 
 
@@ -89,8 +114,8 @@ def _is_chosen(row: Row, temperature: float) -> bool:
     return row['method'] in SHOWN and bool(row['selected'])
 
 
-def _with_answers(row: Row, per_iteration: int) -> Row:
-    return {'answers': row['iteration'] * per_iteration, **row}
+def _kept(row: Row) -> Row:
+    return {name: row[name] for name in _KEPT if name in row}
 
 
 def _steps(workdir: Path, split: str, shown: dict[str, Row]) -> list[Row]:
@@ -112,18 +137,20 @@ def _finite(eta: float | None) -> float | None:
     return eta if eta is not None and math.isfinite(eta) else None
 
 
-def _values(workdir: Path) -> list[Row]:
+def _values(workdir: Path, method: str) -> list[Row]:
+    """Returns the held-out loss of the last value network of a work directory by position, as a row of `method`."""
     files = sorted(workdir.glob('calibration/iteration_*.json'), key=lambda path: int(path.stem.split('_')[1]))
     if not files:
         return []
     content = json.loads(files[-1].read_text(encoding='utf-8'))
-    return [{'position': row['position'], 'loss': row['loss']} for row in content['by_position']]
+    return [{'method': method, 'position': row['position'], 'loss': row['loss']} for row in content['by_position']]
 
 
-def _curves(workdir: Path) -> list[Row]:
+def _curves(metrics: Sequence[Row]) -> list[Row]:
     found = []
-    for row in read_rows(workdir / 'metrics.jsonl'):
+    for row in metrics:
         method, _, rate = row['stage'].rpartition('_')
         if 'pass@1' in row and method in SHOWN:
-            found.append({**row, 'method': method, 'learning_rate': float(rate)})
+            found.append({'method': method, 'learning_rate': float(rate),
+                          **{name: row[name] for name in ('answers', 'pass@1', 'pass@1_se')}})
     return found

@@ -6,11 +6,12 @@ from pathlib import Path
 import shutil
 from typing import Any
 
+from matplotlib.axes import Axes
 import pytest
 
 from experiments import reproduce as reproduce_entry
 from experiments import tables as entry
-from qsharp_jax import star_graph_records
+from qsharp_jax import reproduce, star_graph_records
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.report import plots, star_graph_figure
 from qsharp_jax.report.star_graph_figure import Run
@@ -24,18 +25,29 @@ def run(degree: int, length: int, seed: int = 0, answers: int = 100, **changes: 
         return {'method': method, 'pass@1': accuracy, 'pass@1_se': 0.03, 'answers': answers, **more}
 
     return Run(**{
-        'degree': degree, 'path_length': length,
+        'degree': degree, 'path_length': length, 'seed': seed, 'hours': 0.25,
         'results': [row('reference', 1 / degree), row('reinforce', 0.4 + seed / 10, learning_rate=0.1),
                     row('qsharp', 0.9)],
         'steps': [{'method': 'qsharp', 'step': 1, 'accuracy': 0.9, 'se': 0.01}],
-        'values': [{'position': 0, 'loss': 0.69}, {'position': 1, 'loss': 0.05}],
+        'values': [{'method': 'qsharp', 'position': 0, 'loss': 0.69}, {'method': 'qsharp', 'position': 1, 'loss': 0.05},
+                   {'method': 'qsharp_pairs', 'position': 0, 'loss': 0.7 + seed / 10}],
         'curves': [row('reinforce', 0.3, learning_rate=0.1), row('reinforce', 0.1, learning_rate=0.2)],
         'guided': [row('qsharp', 0.9)], **changes})
 
 
-def test_one_panel_a_graph_with_its_line_and_three_panels_of_the_first(tmp_path: Path) -> None:
-    figure = star_graph_figure.draw([run(5, 5), run(2, 5), run(2, 5, seed=2), run(3, 8), run(2, 5, answers=10)])
-    above, below = figure.subfigs
+def curves_of(ax: Axes) -> dict[str, list[list[float]]]:
+    """Points of each curve with errors by its label: where, and how high in per cent."""
+    return {container.get_label(): [list(values) for values in container.lines[0].get_data()]
+            for container in ax.containers}
+
+
+def test_a_panel_a_graph_with_its_line_and_three_that_say_why(tmp_path: Path) -> None:
+    other = run(2, 5, seed=2)
+    # Another seed may choose another learning rate.
+    other.results[1].update(learning_rate=0.2)
+    other.curves[1].update({'pass@1': 0.6})
+    figure = star_graph_figure.draw([run(5, 5), run(2, 5), other, run(3, 8), run(2, 5, answers=10)])
+    above, *below = figure.subfigs
     assert [ax.get_title('left') for ax in above.axes] == [
         'G(2, 5), 1/d = 50 %', 'G(5, 5), 1/d = 20 %', 'G(3, 8), 1/d = 33 %']
     dashed = [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == '--'] for ax in above.axes]
@@ -43,12 +55,17 @@ def test_one_panel_a_graph_with_its_line_and_three_panels_of_the_first(tmp_path:
     # The two seeds with as many answers are averaged, and the run with fewer is a point of the curve alone.
     assert [patch.get_height() for patch in above.axes[0].patches] == pytest.approx([50, 50, 90])
     assert [label.get_text() for label in above.axes[0].get_xticklabels()] == ['reference', 'REINFORCE', 'Q♯']
-    step, value, answers = below.axes
-    assert step.get_title('left').startswith('G(2, 5)') and value.lines[0].get_ydata().tolist() == [0.69, 0.05]
-    curves = {container.get_label(): container.lines[0] for container in answers.containers}
-    assert curves['Q♯'].get_xdata().tolist() == [10, 100] and answers.get_xscale() == 'log'
-    # Of a sweep, the rate that was chosen.
-    assert curves['REINFORCE'].get_ydata().tolist() == pytest.approx([30, 30])
+    assert 'over seeds where there are several (2 on G(2, 5))' in above.get_supxlabel()
+    assert [[ax.get_title('left').partition(':')[0] for ax in part.axes] for part in below] == [
+        [name] * 3 for name in ('G(2, 5)', 'G(5, 5)', 'G(3, 8)')]
+    step, value, answers = below[0].axes
+    assert curves_of(step) == {'Q♯': [[1], [90]]}
+    assert {line.get_label(): list(line.get_ydata()) for line in value.lines[:2]} == {
+        'Q♯': [0.69, 0.05], 'Q♯ on pairs': [pytest.approx(0.8)]}
+    curves = curves_of(answers)
+    assert curves['Q♯'][0] == [10, 100] and answers.get_xscale() == 'log'
+    # Of a sweep, the rate that each run chose: 0.3, and 0.6 of the other seed.
+    assert curves['REINFORCE'] == [[10, 100], pytest.approx([30, 45])]
     plots.save({'star_graph': figure}, tmp_path)
     assert (tmp_path / 'star_graph.png').stat().st_size > 10_000
 
@@ -61,7 +78,11 @@ def test_a_run_that_has_only_begun_is_drawn() -> None:
 
 def test_errors_of_seeds() -> None:
     rows = [{'a': 0.4, 'e': 0.03}, {'a': 0.8, 'e': 0.04}]
-    assert star_graph_figure.mean_of(rows, 'a', 'e') == pytest.approx((0.6, 0.025))
+    # Both are asked the same graphs: 0.0125 over these, and half the variance of 0.4 and 0.8.
+    assert star_graph_figure.mean_of(rows, 'a', 'e') == pytest.approx((0.6, (0.00125 + 0.04) ** 0.5))
+    assert star_graph_figure.mean_of(rows[:1], 'a', 'e') == pytest.approx((0.4, 0.03))
+    alike = [{'a': 0.5, 'e': 0.03}] * 3
+    assert star_graph_figure.mean_of(alike, 'a', 'e') == pytest.approx((0.5, 0.03))
 
 
 def test_steps_count_the_answers_that_come_to_them() -> None:
@@ -75,8 +96,9 @@ def test_steps_count_the_answers_that_come_to_them() -> None:
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
     """What a run leaves behind, so far as it is read."""
-    config = {'task': {'name': 'star_graph', 'star_graph': {'degree': 2, 'path_length': 3, 'train_examples': 50}},
-              'eval': {'split': 'test'}, 'collect': {'examples': 0, 'samples': 2}, 'sampling': {'temperature': 1.0}}
+    graph = {'degree': 2, 'path_length': 3, 'train_examples': 50}
+    config = {'seed': 7, 'task': {'name': 'star_graph', 'star_graph': graph}, 'eval': {'split': 'test'},
+              'collect': {'examples': 0, 'samples': 2}, 'sampling': {'temperature': 1.0}}
     (tmp_path / 'config.json').write_text(json.dumps(config))
 
     def row(method: str, iteration: int, eta: float | None, **more: Any) -> Row:
@@ -102,6 +124,10 @@ def workdir(tmp_path: Path) -> Path:
         path = tmp_path / 'calibration' / f'iteration_{iteration}.json'
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({'by_position': [{'position': 0, 'loss': iteration / 10}]}))
+    path = tmp_path / 'pairs/calibration/iteration_1.json'
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({'by_position': [{'position': 0, 'loss': 0.3, 'count': 9}]}))
+    (tmp_path / 'timings.json').write_text(json.dumps({'collect 1': 1800.0, 'train dpo': 5400.0}))
     write(tmp_path / 'metrics.jsonl', [
         {'stage': 'fit_1', 'step': 1, 'loss': 0.1}, {'stage': 'reinforce_0.001', 'step': 1, 'loss': 0.1},
         {'stage': 'reinforce_0.001', 'step': 1, 'pass@1': 0.5, 'pass@1_se': 0.1, 'answers': 32}])
@@ -122,7 +148,9 @@ def test_a_work_directory_is_read(workdir: Path) -> None:
     steps = {(row['method'], row['step']): row['accuracy'] for row in found.steps}
     assert steps == {('reference', 1): 0, ('reinforce', 1): 0, ('qsharp', 1): 1, ('qsharp', 2): 0,
                      ('qsharp_pairs', 1): 1, ('qsharp_pairs', 2): 1}
-    assert found.values == [{'position': 0, 'loss': 1.0}]
+    assert found.values == [{'method': 'qsharp', 'position': 0, 'loss': 1.0},
+                            {'method': 'qsharp_pairs', 'position': 0, 'loss': 0.3}]
+    assert (found.seed, found.hours) == (7, 2.0)
     curve, = found.curves
     assert (curve['method'], curve['learning_rate'], curve['answers']) == ('reinforce', 0.001, 32)
 
@@ -131,16 +159,44 @@ def test_the_entry_point_draws_work_directories(
         workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / 'out'
     entry.main(['--figure=star_graph', f'--out={out}', str(workdir)])
-    assert sorted(path.name for path in out.iterdir()) == ['star_graph.md', 'star_graph.png', 'star_graph.svg']
+    assert sorted(path.name for path in out.iterdir()) == [
+        'star_graph.json', 'star_graph.md', 'star_graph.png', 'star_graph.svg']
     printed = capsys.readouterr().out
     assert str(out) in printed
     assert (out / 'star_graph.md').read_text() in printed
     assert [line.split(' | ') for line in printed.splitlines()[:5]] == [
         ['| whole path right, %', 'G(2, 3) |'], ['| ---', '---: |'], ['| a guess of the arm', '50.0 |'],
         ['| reference', '50.0 ± 10.0 |'], ['| REINFORCE', '50.0 ± 10.0 |']]
+    assert '| G(2, 3), seed 7 | 200 | 2.00 |\n| together |  | 2.00 |' in printed
     with pytest.raises(SystemExit):
         entry.main(['--figure=star_graph', f'--workdir={workdir}'])
     assert '--figure=star_graph and work directories' in capsys.readouterr().err
+
+
+def test_the_file_of_a_figure_is_all_that_it_needs(
+        workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again, root = tmp_path / 'first', tmp_path / 'again', tmp_path / 'root'
+    text = star_graph_records.write([workdir, workdir], first)
+    run_ = star_graph_records.read(workdir)
+    assert star_graph_records.load(first / 'star_graph.json') == [run_, run_]
+    shutil.copyfile(first / 'star_graph.json', tmp_path / 'star_graph_tiny.json')
+    assert star_graph_records.write([tmp_path / 'star_graph_tiny.json'], again) == text
+    for path in first.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes()
+    # Where there is no run, the plan draws the file that is kept.
+    monkeypatch.setattr(reproduce, '_RESULTS', tmp_path)
+    reproduce_entry.main(['--figure=star_graph', '--size=tiny', f'--root={root}'])
+    assert text in capsys.readouterr().out and (root / 'tiny/tables/star_graph.png').exists()
+
+
+@pytest.mark.parametrize('content', ['[{"degree": 2}]', '{"degree": 2}', '[', '3'])
+def test_files_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / 'star_graph.json'
+    with pytest.raises(ValueError, match='there is no .*star_graph.json: name work directories'):
+        star_graph_records.load(path)
+    path.write_text(content)
+    with pytest.raises(ValueError, match='star_graph.json holds no runs on star graphs .*name work directories'):
+        star_graph_records.load(path)
 
 
 def test_the_plan_of_the_figure_draws_what_there_is(
