@@ -11,9 +11,11 @@ import statistics
 import jax
 import ml_collections
 
-from qsharp_jax import describe, experiment, ledger, results, sharding
+from qsharp_jax import baseline_estimates, describe, experiment, ledger, results, sharding
+from qsharp_jax.baseline_estimates import PASSES
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.metrics import read_rows
+from qsharp_jax.models import transformer
 from qsharp_jax.progress import duration
 
 _TOKEN_BYTES = 45  # of an answer's token in samples/: its id, its piece and its value as JSON; about so many were seen
@@ -22,7 +24,6 @@ _SHAPES = {'llama-3-8b': 'llama_3_8b', 'llama-3.1-8b': 'llama_3_8b', 'llama-3-70
            'llama-3.1-70b': 'llama_3_70b', 'llama-3.2-1b': 'llama_3.2_1b', 'llama-3.2-3b': 'llama_3.2_3b',
            'qwen2.5-7b': 'qwen_2.5_7b', 'qwen2.5-1.5b': 'qwen_2.5_1.5b'}
 _ROOT = Path(__file__).resolve().parents[1]
-_PASSES = 3  # of a gradient step: forward, and twice that backward
 
 
 def measured_rate(workdirs: Sequence[Path]) -> float | None:
@@ -47,13 +48,17 @@ class Bounds:
 
     Attributes:
       collected: answers to collect.
+      trained: answers to draw while other methods are trained.
+      pairs: to be drawn for them; how many answers that takes is not known, and the least is counted.
       evaluated: answers to evaluate.
-      flops: of decoding and fitting.
+      flops: of pre-training, decoding and fitting.
       networks: bytes of finished value networks.
       disk: bytes of all that is kept.
     """
 
     collected: int
+    trained: int
+    pairs: int
     evaluated: int
     flops: float
     networks: int
@@ -75,8 +80,11 @@ def of_run(config: ml_collections.ConfigDict, workdir: Path, rate: float | None,
         return [f'what it takes is not known before its models are here: {str(error).splitlines()[0]}']
     took = (f'{duration(most.flops / rate)} at the {rate / 1e9:,.3g} GFLOP/s that answers were decoded with here'
             if rate else 'time is told once a run of the plan has evaluated something')
-    return [f'at most {most.collected:,} answers to collect and {most.evaluated:,} to evaluate, of '
-            f'{config.sampling.max_new_tokens} tokens',
+    others = f', {most.trained:,} to train other methods' if most.trained else ''
+    pairs = [f'counted at the fewest answers that they can take are {most.pairs:,} pairs: up to '
+             f'{config.baselines.pair_tries:,} are drawn for each'] if most.pairs else []
+    return [f'at most {most.collected:,} answers to collect{others} and {most.evaluated:,} to evaluate, of '
+            f'{config.sampling.max_new_tokens} tokens', *pairs,
             f'at most {most.flops:.2e} FLOP: {took}',
             f'at most {most.disk / 2 ** 30:,.2f} GiB on disk, of which value networks {most.networks / 2 ** 30:,.2f}']
 
@@ -96,20 +104,25 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
     plan, longest = results.plan_of(config), config.sampling.max_new_tokens
     _, prompts, width = describe.training_prompts(parts)
     fits_here = not config.value.run
-    once = fits_here * (config.collect.examples or prompts) * config.collect.samples  # answers of one iteration
+    questions = config.collect.examples or prompts
+    once = fits_here * questions * config.collect.samples  # answers of one iteration
     collected = (config.iterations - shares) * once
     own_cd = config.eval.cd_network == 'own' and fits_here
-    fitted = (sum(range(1, config.iterations + 1)) + own_cd) * once  # each fit has all of D
+    on_pairs = config.baselines.value_on_pairs and fits_here
+    fitted = (sum(range(1, config.iterations + 1)) + own_cd) * once + 2 * on_pairs * questions  # each has all of D
     answers = {split: plan.samples * _examples(parts, plan, split) for split in plan.splits}
     guided = unguided = 0
     for iteration in range(config.iterations + 1):
-        for group in results.policies(plan, iteration):
+        # Those of the first iteration's network are evaluated with the one on pairs, too.
+        for group in results.policies(plan, iteration) * (2 if on_pairs and iteration == 1 else 1):
             if group[0].guided:
                 guided += sum(number * (len(group) if split in plan.sweep_splits else 1)
                               for split, number in answers.items())
             else:
                 unguided += len(group) * sum(answers.values())
     evaluated = guided + (0 if shares else unguided)
+    beside = baseline_estimates.count(config, questions, answers) if fits_here else baseline_estimates.Trained()
+    evaluated += beside.evaluated
     reference = ledger.reference_cost(parts.reference_config)
     value = ledger.value_cost(parts.value_shape, parts.value_config, config.guidance.candidates)
     keys = width + longest / 2
@@ -120,12 +133,18 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
     read = fitted * (width + longest) * config.fit.epochs
     # Each group of answers has its prompt once, and a prompt is prefilled once for all of its answers, at most.
     prefilled = (collected + evaluated) * width
-    flops = (written + prefilled) * of_reference + (by_value + prefilled + _PASSES * read) * of_value
+    pretrained = config.reference.source == 'pretrain'
+    texts = beside.passes + pretrained * PASSES * config.reference.pretrain.steps * config.reference.pretrain.batch_size
+    flops = ((written + prefilled + texts * (width + longest)) * of_reference
+             + (by_value + prefilled + PASSES * read) * of_value)
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts.value_target))
-    networks = (config.iterations + own_cd) * fits_here
-    unfinished = 3 * config.checkpoint.keep * networks  # parameters and two moments
-    return Bounds(collected, evaluated, flops, networks * weights,
-                  (networks + unfinished) * weights + 8 * collected * longest + _TOKEN_BYTES * evaluated * longest)
+    networks = (config.iterations + own_cd + on_pairs) * fits_here
+    shapes = transformer.param_shapes(parts.reference_config)
+    decoders = (beside.networks + pretrained) * sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    copies = 1 + 3 * config.checkpoint.keep  # finished, and in each checkpoint parameters and two moments
+    stored = 8 * (collected + 2 * beside.pairs) + _TOKEN_BYTES * evaluated  # bytes by token of an answer
+    return Bounds(collected, beside.drawn, beside.pairs, evaluated, flops, networks * weights,
+                  copies * (networks * weights + decoders) + stored * longest)
 
 
 def _outline(config: ml_collections.ConfigDict, workdir: Path) -> experiment.Experiment:

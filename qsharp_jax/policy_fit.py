@@ -196,11 +196,8 @@ class _OwnAnswers:
         config = experiment.config.baselines
         self._experiment, self._method = experiment, policies.METHODS[method]
         self._prompts = experiment.prompts('train')
-        grouped = method == 'grpo'
-        self._samples = int(config.grpo.samples) if grouped else 1
-        batches = int(config.grpo.batches) if grouped else 1
-        self._passes = config.grpo.passes if grouped else 1
-        self._scaled = config.grpo.scaled if grouped else None
+        self._samples, batches, self._passes = round_shape(config, method)
+        self._scaled = config.grpo.scaled if method == 'grpo' else None
         self._size = config.batch_size
         self._asked = config.batch_size * batches // self._samples
         if self._asked > len(self._prompts):
@@ -304,6 +301,17 @@ class _Curve:
         earned = np.nan_to_num(grade(experiment, prompts, drawn.units.index, texts), nan=experiment.distribution.v_min)
         mean, error = estimators.mean_and_se(earned[:, None])
         return {'pass@1': mean, 'pass@1_se': error}
+
+
+def round_shape(baselines: Any, method: str) -> tuple[int, int, int]:
+    """Returns answers a question, batches, and passes over these, in a round of a method that draws its own answers.
+
+    Args:
+      baselines: section of the config.
+      method: of `baselines.policies.METHODS`.
+    """
+    grpo = baselines.grpo
+    return (grpo.samples, grpo.batches, grpo.passes) if method == 'grpo' else (1, 1, 1)
 
 
 def answers_of(experiment: Experiment) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsharp_jax import baseline_runs, checkpoint, decoding, experiment, export, pairs, policy_fit, train
+from qsharp_jax import baseline_runs, checkpoint, decoding, estimates, experiment, export, pairs, policy_fit, train
 from qsharp_jax.baselines import policies
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows
@@ -159,6 +159,21 @@ def test_pairs_are_of_a_right_and_a_wrong_answer(compared: Experiment) -> None:
     before = {path: path.stat().st_mtime_ns for path in (compared.workdir / 'pairs').rglob('*')}
     pairs.read(compared)
     assert before == {path: path.stat().st_mtime_ns for path in (compared.workdir / 'pairs').rglob('*')}
+
+
+def test_policies_take_no_more_than_was_said(compared: Experiment, data: Path) -> None:
+    def most(methods: str) -> estimates.Bounds:
+        return estimates.bounds(tiny.config(data, **SETTINGS, baselines__methods=methods), compared.workdir, False)
+
+    without, every = most(''), most(','.join(policies.METHODS))
+    rows = [row for method in policies.METHODS for split in ('validation', 'test')
+            for row in rows_of(compared, method, split)]
+    assert every.evaluated - without.evaluated == sum(row['n_examples'] * row['n_samples'] for row in rows)
+    decoded = sum(row['flops_per_answer'] * row['n_examples'] * row['n_samples'] for row in rows)
+    assert every.flops > without.flops + 10 * decoded
+    curves = [row for row in read_rows(compared.workdir / 'metrics.jsonl') if 'pass@1' in row]
+    # The answers of three methods, two of each pair, and eight a point of the curves.
+    assert without.trained == 0 and every.trained >= 3 * 96 + 2 * len(pairs.read(compared)[0]) + 8 * len(curves)
 
 
 def test_pairs_of_other_settings_are_refused(compared: Experiment, data: Path) -> None:

@@ -23,7 +23,7 @@ LAYERS = (
     ('collect', 'fit', 'evaluate', 'ranking', 'relabel', 'pairs', 'policy_fit'),
     ('results', 'describe', 'programs'),
     ('fits', 'baseline_runs'),
-    ('estimates', 'plans'),
+    ('baseline_estimates', 'estimates', 'plans'),
     ('train', 'generate', 'export', 'chat'),
     ('reproduce',),
 )
