@@ -40,8 +40,7 @@ def over_group(rewards: np.ndarray, scaled: bool) -> np.ndarray:
 
     Args:
       rewards: of G answers to each of P prompts.
-      scaled: divide by the standard deviation of the prompt's rewards, as GRPO does: prompts that are right as seldom
-        as wrong weigh least.
+      scaled: divide by the (population) standard deviation of the prompt's rewards, as GRPO does.
     """
     graded = ~np.isnan(rewards)
     count = np.maximum(graded.sum(axis=1, keepdims=True), 1)
@@ -100,7 +99,8 @@ def grpo(log_probs: Array, drawn_log_probs: Array, weights: Array, advantages: A
          reference_log_probs: Array, kl: float) -> Array:
     """GRPO (Shao et al. 2024, equation 3) with the exact KL to π_ref at each token in place of a sample of it.
 
-    Sums over tokens stand where the paper has means, so that answers count alike per token whatever their length.
+    Sums over tokens, of the surrogate and of the KL, stand where the paper has means over those of an answer, so that
+    tokens count alike whatever the answer's length.
 
     Args:
       log_probs: as in `clipped`.
@@ -136,7 +136,10 @@ def dpo(chosen: Array, rejected: Array, reference_chosen: Array, reference_rejec
 
 def rpo(chosen: Array, rejected: Array, reference_chosen: Array, reference_rejected: Array, beta: float,
         nll_weight: float) -> Array:
-    """RPO (Pang et al. 2024): DPO, and the negative log-likelihood of the chosen answers, summed over tokens.
+    """RPO (Pang et al. 2024): DPO, and the negative log-likelihood of the chosen answers.
+
+    The likelihood is summed over tokens, as in the star-graph code of the Q# paper; Pang et al. divide it by the
+    answer's length.
 
     Args:
       chosen: as in `dpo`.
