@@ -12,7 +12,7 @@ from qsharp_jax.baselines import policies
 from qsharp_jax.evaluate import Evaluated
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows, replace_text, ResultsFile
-from qsharp_jax.results import Evaluation
+from qsharp_jax.results import Evaluation, needs_cd_network
 from qsharp_jax.types import Params
 
 PAIRS = '_pairs'  # ends the names of methods whose value network was fitted to pairs
@@ -58,7 +58,8 @@ def run_pairs(parts: Experiment, evaluation: Evaluation) -> None:
     side = pairs.beside(parts)
     _, graded = pairs.read(parts)
     values = fit.fit_iteration(side, 1, None)
-    evaluation.beside(side).run(1, values)
+    cd_values = fit.fit_iteration(side.for_cd, 1, None) if needs_cd_network(parts.config) else None
+    evaluation.beside(side).run(1, values, cd_values)
     rows = read_rows(side.workdir / 'results.jsonl')
     ResultsFile(parts.workdir / 'results.jsonl').add(
         {**row, 'method': row['method'] + PAIRS, 'answers': graded} for row in rows)

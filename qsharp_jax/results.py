@@ -58,6 +58,11 @@ def plan_of(config: Any) -> Plan:
         temperatures=tuple(dict.fromkeys([own, *map(float, evaluation.reference_temperatures)])))
 
 
+def needs_cd_network(config: Any) -> bool:
+    """Returns whether CD or VAS is evaluated with a value network of its own."""
+    return config.eval.cd_network == 'own' and not {'cd', 'vas'}.isdisjoint(config.eval.methods)
+
+
 def policies(plan: Plan, iteration: int, methods: Collection[str] = METHODS) -> list[list[Evaluated]]:
     """Returns the policies that are evaluated after an iteration, those that decode together in one list.
 

@@ -22,7 +22,7 @@ from qsharp_jax.categorical import METHODS
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows, replace_text
-from qsharp_jax.results import Evaluation, plan_of
+from qsharp_jax.results import Evaluation, needs_cd_network, plan_of
 from qsharp_jax.types import Params
 
 _NOTHING_YET = {'config.json', 'config.json.tmp', 'timings.json', 'timings.json.tmp'}
@@ -101,11 +101,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
         with timed(directory, f'train {method}'):
             baseline_runs.run_policy(parts, evaluation, method)
     return report.print_results(directory)
-
-
-def needs_cd_network(config: ml_collections.ConfigDict) -> bool:
-    """Returns whether CD or VAS is evaluated with a value network of its own."""
-    return config.eval.cd_network == 'own' and not {'cd', 'vas'}.isdisjoint(config.eval.methods)
 
 
 def borrowed(parts: Experiment) -> list[tuple[int, Params, Params, tuple[str, ...]]]:

@@ -24,6 +24,7 @@ SETTINGS = {
     'baselines__answers': 96, 'baselines__schedule': 'constant', 'baselines__warmup_share': 0,
     'baselines__weight_decay': 0, 'baselines__curve_examples': 8, 'baselines__grpo__samples': 4,
     'baselines__grpo__batches': 2, 'baselines__grpo__passes': 2,
+    'eval__cd_network': 'own',
     **{f'baselines__{method}__learning_rates': '0.03' for method in ('reinforce', 'grpo', 'dpo', 'rpo')}}
 
 
