@@ -32,12 +32,20 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
     return mean_and_se(_differences(first, second)[:, None])
 
 
-def pass_at_k(correct: np.ndarray, k: int) -> float:
-    """Returns the probability that one of k samples drawn without replacement is right: unbiased for pass@k.
+def pass_at_k(correct: np.ndarray, k: int) -> tuple[float, float]:
+    """Returns the probability that one of k samples drawn without replacement is right, and its clustered error.
+
+    The estimate is unbiased for pass@k (Chen et al. 2021, arXiv 2107.03374).
 
     Args:
       correct: 0 or 1 per sample.  # [N, M]
       k: 1 <= k <= M.
+
+    Returns:
+      (mean over the examples, standard error), as `mean_and_se`.
+
+    Raises:
+      ValueError: there are fewer than k samples, or k is below 1.
     """
     correct = np.asarray(correct)
     samples = correct.shape[1]
@@ -45,7 +53,7 @@ def pass_at_k(correct: np.ndarray, k: int) -> float:
         raise ValueError(f'pass@{k} needs 1 <= k <= the {samples} samples of each example.')
     wrong = samples - correct.astype(int).sum(axis=1)
     total = math.comb(samples, k)
-    return float(np.mean([1.0 - math.comb(int(w), k) / total for w in wrong]))
+    return mean_and_se(np.array([[1.0 - math.comb(int(w), k) / total] for w in wrong]))
 
 
 def bootstrap_interval(first: np.ndarray, second: np.ndarray, address: str) -> tuple[float, float]:
@@ -73,20 +81,21 @@ def bootstrap_interval(first: np.ndarray, second: np.ndarray, address: str) -> t
     return float(low), float(high)
 
 
-def majority(votes: Sequence[Sequence[str]], rewards: np.ndarray, addresses: Sequence[str],
+def majority(votes: Sequence[Sequence[str]], rewards: np.ndarray, addresses: Sequence[str], v_min: float,
              weights: np.ndarray | None = None) -> np.ndarray:
     """Returns what each example's most frequent answer earns; ties are broken at random.  # [N]
 
     The draw depends on the example's address and on the tied answers, never on the order of the samples. An example
-    without any vote earns 0 (no answer is never right).
+    without any vote earns `v_min`: without an answer there is nothing better.
 
     Args:
       votes: the class of answers that each sample votes for, by name; '' does not vote.
       rewards: of the same samples; a class has the mean reward of its members.  # [N, M]
       addresses: of the examples' draws.
+      v_min: least reward.
       weights: of the votes, at least 0; None weighs all alike. The weight of a class is their sum.  # [N, M]
     """
-    result = np.zeros(len(votes))
+    result = np.full(len(votes), v_min, np.float64)
     weights = np.ones_like(rewards, np.float64) if weights is None else weights
     for i, names in enumerate(votes):
         members: dict[str, list[int]] = {}

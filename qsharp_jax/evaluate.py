@@ -240,10 +240,11 @@ def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float, seed: int
     earned, kl = table['reward'], table['kl']
     k = min(k, earned.shape[1])
     mean, error = estimators.mean_and_se(earned)
+    at_k, at_k_error = estimators.pass_at_k(earned >= v_max, k)
     kl_mean, kl_error = estimators.mean_and_se(kl)
     chosen = _chosen(table, k, v_min, seed)
     return {
-        'pass@1': mean, 'pass@1_se': error, 'pass@k': estimators.pass_at_k(earned >= v_max, k), **chosen, 'k': k,
+        'pass@1': mean, 'pass@1_se': error, 'pass@k': at_k, 'pass@k_se': at_k_error, **chosen, 'k': k,
         'kl': kl_mean, 'kl_se': kl_error,
         'kl_per_token': float(kl.sum() / sum(len(row['tokens']) for row in rows)),
         'truncated': float(np.mean([row['truncated'] for row in rows])),
@@ -266,11 +267,11 @@ def _chosen(table: dict[str, Any], k: int, v_min: float, seed: int) -> Row:
         part = slice(first, first + k)
         votes, texts = ([group[part] for group in table[name]] for name in ('vote', 'text'))
         addresses = [f'{seed} tie {example} {first}' for example in table['id']]
-        found['maj@k'].append(estimators.majority(votes, earned[:, part], addresses))
+        found['maj@k'].append(estimators.majority(votes, earned[:, part], addresses, v_min))
         if scores is not None:
             found['best_of_k'].append(estimators.best_of(scores[:, part], earned[:, part], texts, addresses))
             found['weighted_maj@k'].append(
-                estimators.majority(votes, earned[:, part], addresses, scores[:, part] - v_min))
+                estimators.majority(votes, earned[:, part], addresses, v_min, scores[:, part] - v_min))
     row: Row = {'best_of_k': None, 'best_of_k_se': None, 'weighted_maj@k': None, 'weighted_maj@k_se': None}
     for name, columns in found.items():
         row[name], row[f'{name}_se'] = estimators.mean_and_se(np.stack(columns, axis=1))

@@ -18,7 +18,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(samples, k):
     correct[0], correct[1] = False, True
     shares = [statistics.mean(any(subset) for subset in itertools.combinations(row, k))
               for row in correct.tolist()]
-    assert estimators.pass_at_k(correct, k) == pytest.approx(statistics.mean(shares), abs=1e-12)
+    mean, error = estimators.pass_at_k(correct, k)
+    assert mean == pytest.approx(statistics.mean(shares), abs=1e-12)
+    assert error == pytest.approx(statistics.stdev(shares) / math.sqrt(7), abs=1e-12)  # clustered by example
 
 
 @pytest.mark.parametrize('k', (0, 5))
@@ -36,7 +38,7 @@ def vote(texts, rewards):
     for order in itertools.permutations(range(len(texts))):
         counts = collections.Counter(texts[place] for place in order if texts[place])
         if not counts:
-            earned.append(0.0)
+            earned.append(-0.5)
             continue
         winner = next(texts[place] for place in order if counts[texts[place]] == max(counts.values()))
         earned.append(statistics.mean(reward for text, reward in zip(texts, rewards) if text == winner))
@@ -54,32 +56,32 @@ def test_the_mean_over_draws_is_the_expected_vote():
     votes, rewards = some_votes()
     expected = [vote(texts, earned) for texts, earned in zip(votes, rewards.tolist())]
     draws = 2000
-    found = np.mean([estimators.majority(votes, rewards, [f'{draw} {i}' for i in range(len(votes))])
+    found = np.mean([estimators.majority(votes, rewards, [f'{draw} {i}' for i in range(len(votes))], -0.5)
                      for draw in range(draws)], axis=0)
     np.testing.assert_allclose(found, expected, atol=4 * 0.5 / math.sqrt(draws))
-    assert found[2] == expected[2] == 0
+    assert found[2] == expected[2] == -0.5  # nobody votes: the least reward, which may be below 0
 
 
 def test_a_tie_is_broken_by_address_and_never_by_order():
     votes, rewards = some_votes()
     addresses = [f'0 {i}' for i in range(len(votes))]
-    first = estimators.majority(votes, rewards, addresses)
+    first = estimators.majority(votes, rewards, addresses, 0.0)
     random = np.random.default_rng(1)
     for _ in range(10):
         order = random.permutation(5)
         shuffled = [[texts[place] for place in order] for texts in votes]
-        np.testing.assert_allclose(estimators.majority(shuffled, rewards[:, order], addresses), first)
+        np.testing.assert_allclose(estimators.majority(shuffled, rewards[:, order], addresses, 0.0), first)
         examples = random.permutation(len(votes))
         np.testing.assert_allclose(estimators.majority(
-            [votes[i] for i in examples], rewards[examples], [addresses[i] for i in examples]), first[examples])
+            [votes[i] for i in examples], rewards[examples], [addresses[i] for i in examples], 0.0), first[examples])
 
 
 def test_weights_are_summed_over_a_class():
     votes, rewards = [['a', 'b', 'b', '']], np.array([[1.0, 0.5, 0.5, 0.0]])
     for weights, earned in (([1, 1, 1, 9], 0.5), ([3, 1, 1, 9], 1.0), ([0, 0.1, 0, 9], 0.5)):
-        assert estimators.majority(votes, rewards, ['x'], np.array([weights], float))[0] == earned
+        assert estimators.majority(votes, rewards, ['x'], 0.0, np.array([weights], float))[0] == earned
     # Sums that are equal are a tie, in whatever order they are added.
-    tied = {estimators.majority([['a'] * 3 + ['b'] * 3], np.array([[1.0] * 3 + [0.0] * 3]), [f'{draw}'],
+    tied = {estimators.majority([['a'] * 3 + ['b'] * 3], np.array([[1.0] * 3 + [0.0] * 3]), [f'{draw}'], 0.0,
                                 np.array([[0.1, 0.2, 0.3, 0.3, 0.2, 0.1]]))[0] for draw in range(30)}
     assert tied == {0, 1}
 
@@ -102,7 +104,7 @@ def test_the_best_scored_answer_is_chosen():
 
 def test_majority_needs_a_reward_for_each_answer():
     with pytest.raises(IndexError):
-        estimators.majority([['a', 'b', 'b']], np.ones((1, 2)), ['x'])
+        estimators.majority([['a', 'b', 'b']], np.ones((1, 2)), ['x'], 0.0)
 
 
 def test_the_standard_error_is_clustered_by_example():

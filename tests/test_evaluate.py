@@ -46,7 +46,7 @@ def test_the_summary_of_rows_counted_by_hand():
     found = evaluate.summarise(ROWS, 4, 0.0, 1.0, 5)
     assert found['pass@1'] == pytest.approx(3 / 8)
     assert found['pass@1_se'] == pytest.approx(statistics.stdev([0.5, 0.25]) / math.sqrt(2))
-    assert found['pass@k'] == 1 and found['k'] == 4
+    assert found['pass@k'] == 1 and found['pass@k_se'] == 0 and found['k'] == 4
     # The tie is right under one seed and wrong under another.
     assert {evaluate.summarise(ROWS, 4, 0.0, 1.0, seed)['maj@k'] for seed in range(20)} == {0, 0.5}
     assert found['maj@k_se'] == pytest.approx(statistics.stdev([2 * found['maj@k'], 0]) / math.sqrt(2))
@@ -76,11 +76,11 @@ def test_votes_have_k_voters(k):
     # As many disjoint votes as there are answers for; with one voter each that is pass@1.
     table = evaluate.by_example(ROWS, 0.0)
     votes = [[estimators.majority([texts[first:first + k]], earned[None, first:first + k],
-                                  [f'3 tie {example} {first}'])[0] for first in range(0, 4 - k + 1, k)]
+                                  [f'3 tie {example} {first}'], 0.0)[0] for first in range(0, 4 - k + 1, k)]
              for example, texts, earned in zip(table['id'], table['text'], table['reward'])]
     found = evaluate.summarise(ROWS, k, 0.0, 1.0, 3)
     assert found['maj@k'] == pytest.approx(np.mean(votes)) and found['k'] == k
-    assert found['pass@k'] == pytest.approx(estimators.pass_at_k(table['reward'], k))
+    assert (found['pass@k'], found['pass@k_se']) == pytest.approx(estimators.pass_at_k(table['reward'], k))
     if k == 1:
         assert found['maj@k'] == pytest.approx(found['pass@1'])
 
@@ -91,6 +91,8 @@ def test_right_is_what_earns_the_most():
     assert found['pass@1'] == pytest.approx(4.9 / 4)
     assert found['pass@k'] == 0.5
     assert evaluate.summarise(rows, 9, -1.0, 2.0, 0)['k'] == 2  # no more than there are
+    silent = [row(0, 0, '', -1.0), row(1, 0, 'c', 0.5)]
+    assert evaluate.summarise(silent, 1, -1.0, 2.0, 0)['maj@k'] == -0.25  # who says nothing has the least reward
 
 
 def test_policies_are_compared_example_by_example():
