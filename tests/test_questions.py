@@ -281,6 +281,17 @@ def test_splits_that_share_a_question_are_refused(tmp_path, other, how):
     assert not list((tmp_path / 'data').rglob('*.array_record*'))
 
 
+def test_published_files_that_share_a_question_say_what_a_changed_one_needs(folder, tmp_path, monkeypatch):
+    write(folder / 'test.jsonl', [asked(1000)])
+    for name, attribute in (('train', 'GSM8K_TRAIN'), ('test', 'GSM8K_TEST')):
+        file = File(f'{name}.jsonl', published.file_digests(folder / f'{name}.jsonl'))
+        monkeypatch.setattr(published, attribute, file)
+    with pytest.raises(ValueError, match='out of one of the files, and set task.gsm8k.any_version=True, since'):
+        read(Gsm8kConfig(folder=str(folder)), tmp_path)
+    with pytest.raises(ValueError, match='out of one of the files.$'):
+        read(Gsm8kConfig(folder=str(folder), any_version=True), tmp_path)
+
+
 def test_signs_tell_questions_apart_and_repetitions_stay_in_one_split():
     split_ledger.check({'train': [Entry(0, 'a:1', 'x^2 + 1'), Entry(1, 'a:2', 'x^2 + 1')],
                         'test': [Entry(2, 'b:1', 'x^2 - 1')]})

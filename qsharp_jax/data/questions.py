@@ -226,13 +226,15 @@ class Questions(tfds.core.GeneratorBasedBuilder):
         del dl_manager  # it tries ten times, in as many lines
         config = self.builder_config
         downloads = Path(self.data_dir_root) / 'downloads'
+        option = f'task.{config.task}.any_version'
+        checked = not config.any_version and any(source.file for source in config.sources().values())
         pools, files = {}, {}
         for split, source in config.sources().items():
             path = source.path or _download(source.file, source.key, downloads)
             try:
                 pools[split] = source.read(path)
                 if source.file and not config.any_version:
-                    published.check_version(source.file, path, pools[split], f'task.{config.task}.any_version')
+                    published.check_version(source.file, path, pools[split], option)
             except ValueError:
                 if source.path is None:
                     path.unlink()  # it would be found again
@@ -241,7 +243,7 @@ class Questions(tfds.core.GeneratorBasedBuilder):
         splits = divide(pools, config.validation_share)
         entries = {split: [split_ledger.Entry(id_, q.place, q.key) for id_, q in numbered]
                    for split, numbered in splits.items()}
-        split_ledger.check(entries)
+        split_ledger.check(entries, option if checked else '')
         split_ledger.write(Path(self.data_dir) / split_ledger.FILE, entries, files)
         return {split: self._generate_examples(numbered) for split, numbered in splits.items()}
 

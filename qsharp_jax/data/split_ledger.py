@@ -36,8 +36,13 @@ def normalised(text: str) -> str:
     return ''.join(unicodedata.normalize('NFKC', text).casefold().split())
 
 
-def check(splits: Mapping[str, Sequence[Entry]]) -> None:
-    """Raises ValueError, naming both places, if two splits share a question, as it is or up to `normalised`."""
+def check(splits: Mapping[str, Sequence[Entry]], option: str = '') -> None:
+    """Raises ValueError, naming both places, if two splits share a question, as it is or up to `normalised`.
+
+    Args:
+      splits: the questions of each.
+      option: the key that allows files that are not the published ones, for the message; '' where any file is taken.
+    """
     first: dict[str, tuple[str, Entry]] = {}
     shared = []
     for split, entries in splits.items():
@@ -49,8 +54,9 @@ def check(splits: Mapping[str, Sequence[Entry]]) -> None:
                               f'{entry.key.strip()[:_SHOWN]!r}')
     if shared:
         dots = '; …' if len(shared) > _NAMED else ''
+        allowed = f', and set {option}=True, since the file is then no longer the published one' if option else ''
         raise ValueError(f'{len(shared)} questions are in two splits: {"; ".join(shared[:_NAMED])}{dots}. What is '
-                         'trained on must not be tested on: take them out of one of the files.')
+                         f'trained on must not be tested on: take them out of one of the files{allowed}.')
 
 
 def write(path: Path, splits: Mapping[str, Sequence[Entry]], files: Mapping[str, Sequence[str]]) -> None:
