@@ -1,9 +1,11 @@
 """The grader of mathematics against labelled pairs, hostile texts, and its own absence."""
 from __future__ import annotations
 
+import collections
 import logging
 import math
 import multiprocessing
+from pathlib import Path
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from qsharp_jax.rewards import mathematics, registry, RewardError
 from tests import grading_matrix, grading_pairs
 from tests.grading_matrix import ENDLESS
 
+GRADING = Path(__file__).resolve().parents[1] / 'docs' / 'grading.md'
 REWARD = rewards.load('math')
 KILLABLE = {'workers': 1, 'timeout_seconds': 20.0, 'on_error': 'stop'}
 
@@ -128,3 +131,22 @@ def test_the_digest_is_of_what_the_verdict_depends_on(monkeypatch):
     assert any('\\boxed' in text for text in registry._REGISTRY['math'].depends)
     monkeypatch.setitem(registry._REGISTRY, 'math', registry.Registered(mathematics.math, depends=('0.0.1',)))
     assert rewards.load('math').digest != digest
+
+
+def matrix(document):
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in document.splitlines()]
+    return {row[0]: [int(cell) for cell in row[1:]] for row in rows if len(row) == 6 and row[1].isdecimal()}
+
+
+def test_the_matrix_in_the_docs_is_of_these_pairs():
+    counts = {kind: sum(verdicts) for kind, verdicts in matrix(GRADING.read_text()).items()}
+    pairs = grading_matrix.labelled()
+    assert counts == {**collections.Counter(kind for kind, *_ in pairs), 'all': len(pairs)}
+    assert f'the confusion matrix of {len(pairs)} labelled pairs' in (GRADING.parent / 'rewards.md').read_text()
+
+
+@pytest.mark.slow
+def test_the_matrix_in_the_docs_is_what_the_grader_says():
+    found, said = matrix(grading_matrix.document()), matrix(GRADING.read_text())
+    for kind in said:  # which of the wrong ones get no verdict in time depends on the machine
+        assert found[kind][:3] == said[kind][:3], kind

@@ -24,7 +24,13 @@ LONGEST = 1000  # characters of an answer that is parsed; a longer one is right 
 _MEMORY = 4 * 2 ** 30  # bytes of address space that a worker may take
 _NUMBER = re.compile(r'[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?|[+-]?\.\d+')
 _THOUSANDS = re.compile(r'(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d{3}(?!\d))')
+_GROUPED = re.compile(r'(?<![\d.,])(?<![\d.,] )\d{1,3}(?: \d{3})+(?![\d/]| \d)')
 _BASE = re.compile(r'([0-9A-Za-z]+)_\{?(\d+)\}?')
+# White space that tells two numbers apart: without it 2 1/2 would be 21/2, and the list 1, 234 one number.
+_BETWEEN_NUMBERS = re.compile(r'(?<=[\d.])\s+(?=[\d.])|(?<=\d,)\s+(?=\d{3}(?!\d))')
+_MIXED = re.compile(r'(?<![\w.])(\d+)\s+(\d+)/(\d+)(?![\w.])')
+# Two numbers; behind a command or an index, of which the first is a part, they are not side by side.
+_ADJACENT = re.compile(r'(\\[A-Za-z]+|[_^])?[\d.]+ [\d.]')
 
 logging.getLogger('math_verify').setLevel(logging.ERROR)  # it warns that it has no time limit of its own
 
@@ -51,10 +57,10 @@ def equivalent(answer: str, given: str) -> bool:
 
 def settled(answer: str, given: str) -> bool | None:
     """Returns what `equivalent` does where no algebra is needed, at once; None where it is."""
-    right, other = _tidy(answer), _tidy(given)
+    right, other = _compact(_tidy(answer)), _compact(_tidy(given))
     if not right or not other:
         return False
-    if ''.join(right.split()) == ''.join(other.split()):
+    if right == other:
         return True
     if max(len(right), len(other)) > LONGEST:
         return False
@@ -63,6 +69,9 @@ def settled(answer: str, given: str) -> bool | None:
     bases = _BASE.fullmatch(right), _BASE.fullmatch(other)
     if bases[0] and bases[1]:
         return bases[0].groups() == bases[1].groups()
+    # Two numbers side by side are none, though math-verify adds them up.
+    if any(not pair[1] for text in (right, other) for pair in _ADJACENT.finditer(text)):
+        return False
     return None
 
 
@@ -80,12 +89,19 @@ def math(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
 
 
 def _tidy(text: str) -> str:
-    """Returns an answer without the signs around it that mean nothing."""
+    """Returns an answer without signs that mean nothing, a mixed number (2 1/2) as LaTeX has it."""
     text = text.strip()
     for left, right in (('$', '$'), ('\\(', '\\)')):
         if len(text) > 2 and text.startswith(left) and text.endswith(right):
             text = text[len(left):-len(right)].strip()
-    return _THOUSANDS.sub('', text.removesuffix('.'))
+    text = _THOUSANDS.sub('', text.removesuffix('.'))
+    text = _GROUPED.sub(lambda number: number[0].replace(' ', ''), text)
+    return _MIXED.sub(r'\1\\frac{\2}{\3}', text)
+
+
+def _compact(text: str) -> str:
+    """Returns a text without white space, but for one space where there is some between two numbers."""
+    return ' '.join(''.join(part.split()) for part in _BETWEEN_NUMBERS.split(text))
 
 
 def _value(number: str) -> Fraction:
