@@ -5,20 +5,23 @@ import collections
 import logging
 import math
 import multiprocessing
+import os
 from pathlib import Path
 import subprocess
 import sys
 import time
 
+import pebble
 import pytest
 
 from qsharp_jax import rewards
 from qsharp_jax.data import answer_text
-from qsharp_jax.rewards import mathematics, registry, RewardError
+from qsharp_jax.rewards import mathematics, registry, RewardError, scoring
 from tests import grading_matrix, grading_pairs
 from tests.grading_matrix import ENDLESS
 
-GRADING = Path(__file__).resolve().parents[1] / 'docs' / 'grading.md'
+ROOT = Path(__file__).resolve().parents[1]
+GRADING = ROOT / 'docs' / 'grading.md'
 REWARD = rewards.load('math')
 KILLABLE = {'workers': 1, 'timeout_seconds': 20.0, 'on_error': 'stop'}
 
@@ -84,6 +87,37 @@ def test_canaries_are_written_as_the_reward_looks_for_them(name, answers):
     rewards.check_canaries(rewards.load(name), ['?'] * len(answers), answers, {'answer': answers}, **options)
 
 
+BROKEN = """
+def parse(text, **options):
+    return []
+
+
+def verify(*parsed, **options):
+    return False
+"""
+
+
+def test_canaries_reach_what_the_workers_grade_with(tmp_path):
+    """A question whose answer is an integer never does: a broken package would grade it well."""
+    (tmp_path / 'math_verify.py').write_text(BROKEN)
+    script = ('from qsharp_jax import rewards\n'
+              f'rewards.check_canaries(rewards.load("math"), ["?"], ["7"], {{"answer": ["7"]}}, **{KILLABLE})\n')
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False,
+                          env={**os.environ, 'PYTHONPATH': path})
+    assert r"reward 'math' fails its own canary: where the answer is '\\frac{1}{2}', '\\boxed{0.5}' must earn 1, and" \
+           ' earns 0' in done.stderr
+
+
+def test_canaries_stop_where_a_worker_is_not_killed(monkeypatch):
+    schedule = pebble.ProcessPool.schedule
+    monkeypatch.setattr(pebble.ProcessPool, 'schedule',
+                        lambda self, function, args=(), timeout=None: schedule(self, function, args=args))
+    monkeypatch.setattr(scoring, '_HANG', 1)
+    with pytest.raises(RewardError, match='was to be killed after 0.025 s went on for 1 s'):
+        rewards.check_canaries(REWARD, ['?'], ['7'], {'answer': ['7']}, **KILLABLE)
+
+
 def test_canaries_stop_where_the_answers_are_not_what_the_reward_grades():
     with pytest.raises(RewardError, match='does not tell right from wrong.*#### B.* earns 0'):
         rewards.check_canaries(rewards.load('gsm8k'), ['?'] * 2, ['B', 'C'], {'answer': ['B', 'C']},
@@ -142,7 +176,7 @@ def test_the_matrix_in_the_docs_is_of_these_pairs():
     counts = {kind: sum(verdicts) for kind, verdicts in matrix(GRADING.read_text()).items()}
     pairs = grading_matrix.labelled()
     assert counts == {**collections.Counter(kind for kind, *_ in pairs), 'all': len(pairs)}
-    assert f'the confusion matrix of {len(pairs)} labelled pairs' in (GRADING.parent / 'rewards.md').read_text()
+    assert f'matrix of {len(pairs)} labelled pairs' in (ROOT / 'docs' / 'rewards.md').read_text()
 
 
 @pytest.mark.slow

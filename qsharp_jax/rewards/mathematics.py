@@ -21,6 +21,8 @@ from qsharp_jax.data import answer_text
 from qsharp_jax.rewards.registry import register
 
 LONGEST = 1000  # characters of an answer that is parsed; a longer one is right only if it is the same text
+# Answer, what is in the box, whether that is right: pairs that only algebra tells, and one that needs none.
+_CANARIES = ((r'\frac{1}{2}', '0.5', True), ('x+1', '1+x', True), ('x+1', 'x-1', False), ('2', '3', False))
 _MEMORY = 4 * 2 ** 30  # bytes of address space that a worker may take
 _NUMBER = re.compile(r'[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?|[+-]?\.\d+')
 _THOUSANDS = re.compile(r'(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d{3}(?!\d))')
@@ -77,6 +79,7 @@ def settled(answer: str, given: str) -> bool | None:
 
 @register('math', as_completion=answer_text.boxed, in_workers=True, final_answer=answer_text.last_boxed,
           equivalent=equivalent, settled=settled,
+          canaries=tuple((answer, answer_text.boxed(given), float(right)) for answer, given, right in _CANARIES),
           depends=(importlib.metadata.version('math-verify'), importlib.metadata.version('latex2sympy2_extended'),
                    inspect.getsource(answer_text)))
 def math(completions: Sequence[str], answer: Sequence[str]) -> list[float]:

@@ -39,6 +39,8 @@ class Registered:
         for ever if `in_workers`.
       settled: the same where it can be told at once, and None where it cannot.
       in_workers: whether it may hang, and so is called only in processes that can be killed.
+      canaries: (answer, completion, what it earns), graded before a run, whatever its questions are: at least one if
+        `in_workers`, none otherwise.
       depends: what its rewards depend on beside the file that defines it.
     """
 
@@ -48,6 +50,7 @@ class Registered:
     equivalent: Callable[[str, str], bool] | None = None
     settled: Callable[[str, str], bool | None] = lambda answer, given: None
     in_workers: bool = False
+    canaries: tuple[tuple[str, str, float], ...] = ()
     depends: tuple[str, ...] = ()
 
 

@@ -5,12 +5,14 @@ import asyncio
 import atexit
 from collections.abc import Awaitable, Mapping, Sequence
 import concurrent.futures
+import contextlib
 import difflib
 import inspect
 import logging
 import math
 import multiprocessing
 import numbers
+import time
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ import pebble
 from qsharp_jax.rewards.registry import load, Reward, RewardError, Term, VERL_ARGUMENTS
 
 _SHOWN = 200  # characters of a text in a message
+_HANG = 20  # seconds that a task takes which is to be killed far earlier
 
 _logger = logging.getLogger(__name__)
 _pools: dict[tuple[str, str, int], pebble.ProcessPool] = {}
@@ -51,12 +54,10 @@ def score(reward: Reward, prompts: Sequence[str], completions: Sequence[str], co
     if on_error not in ('stop', 'abstain'):
         raise RewardError(f"on_error is {on_error!r}; it is 'stop' or 'abstain'.")
     check_columns(reward, columns)
-    for term in reward.terms:
-        if term.registered.in_workers and workers == 0:
-            raise RewardError(f'reward {term.name!r} may take for ever on what a model writes, so it is graded in '
-                              'processes that can be killed: set reward_options.workers to 1 or more.')
+    _check_workers(reward, workers)
     if workers > 0:
-        return _score_in_workers(reward, prompts, completions, columns, workers, timeout_seconds, on_error)
+        return _score_in_workers(reward, pool(reward, workers), prompts, completions, columns, timeout_seconds,
+                                 on_error)
     total = np.zeros(len(completions))
     for term in reward.terms:
         total += term.weight * np.array(_grade(term, prompts, completions, columns, on_error, 0), np.float64)
@@ -67,6 +68,9 @@ def check_canaries(reward: Reward, prompts: Sequence[str], answers: Sequence[str
                    columns: Mapping[str, Sequence[Any]], *, workers: int, timeout_seconds: float,
                    on_error: str) -> None:
     """Grades each answer, and beside it a wrong one: that of another row. Call it before anything costly.
+
+    Before that, worker processes that a reward needs must say of its own canaries what these earn, and be killed when
+    they take too long.
 
     An answer becomes a completion in the form that the reward looks for (`Reward.as_completion`).
 
@@ -85,6 +89,8 @@ def check_canaries(reward: Reward, prompts: Sequence[str], answers: Sequence[str
     Raises:
       RewardError: as `score`, and as above.
     """
+    _check_workers(reward, workers)
+    _check_processes(reward, workers, timeout_seconds)
     right_ones = [reward.as_completion(answer) for answer in answers]
     # A digit makes another answer of a number, a letter and an expression.
     wrong = [reward.as_completion(next((other for other in (*answers[row + 1:], *answers[:row]) if other != answer),
@@ -101,6 +107,35 @@ def check_canaries(reward: Reward, prompts: Sequence[str], answers: Sequence[str
                 raise RewardError(f'{message} Choose a reward that fits the task.')
             _logger.warning('%s If it is meant to, ignore this.', message)
             return
+
+
+def _check_workers(reward: Reward, workers: int) -> None:
+    """Raises RewardError if a function may hang and would be graded in this process."""
+    for term in reward.terms:
+        if term.registered.in_workers and workers == 0:
+            raise RewardError(f'reward {term.name!r} may take for ever on what a model writes, so it is graded in '
+                              'processes that can be killed: set reward_options.workers to 1 or more.')
+
+
+def _check_processes(reward: Reward, workers: int, timeout_seconds: float) -> None:
+    """Raises RewardError unless worker processes grade canaries as they should, and are killed when they hang."""
+    terms = [term for term in reward.terms if term.registered.in_workers]
+    for term in terms:
+        answers, completions, rewards = zip(*term.registered.canaries)
+        earned = _score_in_workers(load(term.name), pool(reward, workers), [''] * len(answers), completions,
+                                   {'answer': answers}, timeout_seconds, 'stop')
+        for answer, completion, right, found in zip(answers, completions, rewards, earned):
+            if found != right:
+                raise RewardError(
+                    f'reward {term.name!r} fails its own canary: where the answer is {answer!r}, {completion!r} must '
+                    f'earn {right:g}, and earns {_words(found)}. What it grades with is broken, or of versions that '
+                    'were not tried: install those of constraints.txt. If it took too long, raise '
+                    'reward_options.timeout_seconds.')
+    if terms:
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            pool(reward, workers).schedule(time.sleep, args=(_HANG,), timeout=_HANG / 40).result()
+            raise RewardError(f'a worker process that was to be killed after {_HANG / 40:g} s went on for {_HANG} s: '
+                              f'reward {reward.spec!r} could hang for ever. Run it where processes may be killed.')
 
 
 def _grade(term: Term, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]],
@@ -202,10 +237,9 @@ def _failed(term: Term, on_error: str, row: int, completion: str, cause: BaseExc
     return math.nan
 
 
-def _score_in_workers(reward: Reward, prompts: Sequence[str], completions: Sequence[str],
-                      columns: Mapping[str, Sequence[Any]], workers: int, timeout_seconds: float,
+def _score_in_workers(reward: Reward, processes: pebble.ProcessPool, prompts: Sequence[str],
+                      completions: Sequence[str], columns: Mapping[str, Sequence[Any]], timeout_seconds: float,
                       on_error: str) -> np.ndarray:
-    processes = pool(reward, workers)
     known = [{name: column[row] for name, column in columns.items()} for row in range(len(completions))]
     futures = [
         processes.schedule(_grade_one, timeout=timeout_seconds,
@@ -244,7 +278,9 @@ def pool(reward: Reward, workers: int) -> pebble.ProcessPool:
 
 
 def reward_of_worker(spec: str) -> Reward:
-    """Returns the reward that the worker process which calls this was started for."""
+    """Returns a reward in a worker process: the one it was started for, or a part of that."""
+    if spec not in _in_worker:
+        _in_worker[spec] = load(spec)
     return _in_worker[spec]
 
 
@@ -255,13 +291,13 @@ def _close(key: tuple[str, str, int]) -> None:
 
 
 def _start_worker(spec: str) -> None:
-    _in_worker[spec] = load(spec)
+    reward_of_worker(spec)  # before the time of an answer begins
 
 
 def _grade_one(spec: str, row: int, prompt: str, completion: str, columns: Mapping[str, Any], on_error: str) -> float:
     lists = {name: [value] for name, value in columns.items()}
     return sum(term.weight * _grade(term, [prompt], [completion], lists, on_error, row)[0]
-               for term in _in_worker[spec].terms)
+               for term in reward_of_worker(spec).terms)
 
 
 def check_columns(reward: Reward, columns: Mapping[str, Sequence[Any]]) -> None:
