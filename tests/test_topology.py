@@ -59,7 +59,7 @@ def test_a_topology_is_of_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize('name, billions', [
     ('llama_3_8b', 8.03), ('llama_3_70b', 70.55), ('llama_3.2_1b', 1.236), ('llama_3.2_3b', 3.213),
-    ('qwen_2.5_7b', 7.616), ('qwen_2.5_1.5b', 1.544)])
+    ('qwen_2.5_7b', 7.616), ('qwen_2.5_1.5b', 1.544), ('qwen_2.5_0.5b', 0.494)])
 def test_published_sizes_are_those_of_their_names(name: str, billions: float) -> None:
     _, shape = pretrained.open_shape(MODELS / f'{name}.json')
     count = sum(leaf.size for leaf in jax.tree.leaves(transformer_shapes(shape)))
