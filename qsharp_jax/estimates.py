@@ -15,7 +15,7 @@ from qsharp_jax import baseline_estimates, describe, experiment, ledger, results
 from qsharp_jax.baseline_estimates import PASSES
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.metrics import read_rows
-from qsharp_jax.models import transformer
+from qsharp_jax.models import pretrained, transformer
 from qsharp_jax.progress import duration
 
 _TOKEN_BYTES = 45  # of an answer's token in samples/: its id, its piece and its value as JSON; about so many were seen
@@ -74,10 +74,13 @@ def of_run(config: ml_collections.ConfigDict, workdir: Path, rate: float | None,
       rate: FLOPs a second; None where nothing was measured.
       shares: as in `bounds`.
     """
+    missing = _missing(config)
+    if missing:
+        return [f'what it takes is not known before its models are here: {missing.splitlines()[0]}']
     try:
         most = bounds(config, workdir, shares)
-    except ValueError as error:
-        return [f'what it takes is not known before its models are here: {str(error).splitlines()[0]}']
+    except ValueError as error:  # what the run itself would stop with
+        return [f'it would not run as things are here: {str(error).splitlines()[0]}']
     took = (f'{duration(most.flops / rate)} at the {rate / 1e9:,.3g} GFLOP/s that answers were decoded with here'
             if rate else 'time is told once a run of the plan has evaluated something')
     others = f', {most.trained:,} to train other methods' if most.trained else ''
@@ -149,18 +152,38 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
 
 def _outline(config: ml_collections.ConfigDict, workdir: Path) -> experiment.Experiment:
     """Returns the parts of a run, with shapes that are known here in place of models of the hub."""
-    known = {}
-    for section in ('reference', 'value'):
-        source = config[section].source
-        shape = next((file for name, file in _SHAPES.items() if name in source.lower()), None)
-        if source.startswith('hf:') and shape:
-            known[section] = str(_ROOT / 'configs' / 'models' / f'{shape}.json')
+    known = _known(config)
     if not known:
         return experiment.outline(config, workdir)
     planned = config.copy_and_resolve_references()
     for section, path in known.items():
         planned[section].source = path
     return experiment.outline(planned, workdir, sharding.make_mesh(data=-1, fsdp=1, tensor=1))
+
+
+def _known(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns the shapes of models of the hub that are known here, by the section that names them."""
+    known = {}
+    for section in ('reference', 'value'):
+        source = config[section].source
+        shape = next((file for name, file in _SHAPES.items() if name in source.lower()), None)
+        if source.startswith('hf:') and shape:
+            known[section] = str(_ROOT / 'configs' / 'models' / f'{shape}.json')
+    return known
+
+
+def _missing(config: ml_collections.ConfigDict) -> str:
+    """Returns what there is to say of a model that is neither here nor of a known shape; '' where there is none."""
+    trained = config.reference.source == 'pretrain'
+    named = {'reference': config.reference.pretrain.start if trained else config.reference.source,
+             'value': config.value.source}
+    for section, source in named.items():
+        if source and section not in _known(config):
+            try:
+                pretrained.find(source)
+            except ValueError as error:
+                return str(error)
+    return ''
 
 
 def _examples(parts: experiment.Experiment, plan: results.Plan, split: str) -> int:

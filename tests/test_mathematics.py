@@ -156,8 +156,8 @@ def test_without_its_package_it_says_what_to_install():
     script = ('import sys\nsys.modules["math_verify"] = None\nfrom qsharp_jax import rewards\n'
               'assert "math" in rewards.names()\nrewards.load("math")\n')
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
-    assert 'RewardError: reward \'math\' needs the package math_verify, which is not installed: pip install ' \
-           '"qsharp_jax[math]"' in done.stderr
+    assert 'RewardError: reward \'math\' needs the package math_verify, which is not installed: run pip install -e ' \
+           '".[math]" in the folder' in done.stderr
 
 
 def test_the_digest_is_of_what_the_verdict_depends_on(monkeypatch):

@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 import shlex
+import sys
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ from qsharp_jax import (checkpoint, cli, config, estimates, estimators, evaluate
                         train)
 from qsharp_jax.data.dataset import Manifest
 from qsharp_jax.metrics import read_rows
-from qsharp_jax.models import networks
+from qsharp_jax.models import networks, pretrained
 from qsharp_jax.report import publish
+from qsharp_jax.rewards import registry
 from tests import tiny
 
 # At such a rate a few steps guide so much that tokens change.
@@ -194,6 +196,28 @@ def test_published_shapes_stand_for_models_that_are_not_here(tmp_path: Path) -> 
     bounds = [estimates.bounds(planned.config, planned.workdir, False) for planned in (one, three)]
     assert 3 * 4 * 0.9e9 < bounds[0].networks < 3 * 4 * 1.6e9 < 3 * 4 * 2.5e9 < bounds[1].networks < 3 * 4 * 4e9
     assert bounds[0].collected == 2 * 6748 * 16 and bounds[0].flops < bounds[1].flops
+
+
+def test_a_plan_of_the_small_size_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained.sources, '_downloaded', refuse)
+    one, = reproduce.planned('1', 'small', tmp_path)
+    said = estimates.of_run(one.config, one.workdir, None, False)
+    assert said[0].startswith('at most 4,800 answers to collect') and len(said) == 3
+
+
+def test_what_keeps_a_run_from_being_estimated_is_called_by_its_name(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(**keys: str) -> str:
+        one, = reproduce.planned('1', 'tiny', tmp_path, [(key.replace('__', '.'), text) for key, text in keys.items()])
+        return estimates.of_run(one.config, one.workdir, None, False)[0]
+
+    assert said(reference__source='nowhere').startswith(
+        "what it takes is not known before its models are here: There is no file or folder 'nowhere'")
+    assert said(fit__frozen_layers='9').startswith('it would not run as things are here: fit.frozen_layers is 9')
+    monkeypatch.setitem(sys.modules, 'math_verify', None)
+    monkeypatch.delitem(sys.modules, 'qsharp_jax.rewards.mathematics', raising=False)
+    monkeypatch.delitem(registry._REGISTRY, 'math', raising=False)
+    assert said().startswith("it would not run as things are here: reward 'math' needs the package math_verify")
 
 
 @pytest.mark.whole

@@ -178,8 +178,8 @@ def _term(name: str, weight: float) -> Term:
         try:
             importlib.import_module(_LATE[name])
         except ModuleNotFoundError as error:
-            raise RewardError(f'reward {name!r} needs the package {error.name}, which is not installed: pip install '
-                              f'"qsharp_jax[{_EXTRA}]".') from error
+            raise RewardError(f'reward {name!r} needs the package {error.name}, which is not installed: run '
+                              f'pip install -e ".[{_EXTRA}]" in the folder of this project.') from error
     if colon:
         function, source = _from_file(name, file, attribute)
         said = {field: getattr(function, field) for field in ('as_completion', 'final_answer', 'equivalent')
