@@ -227,9 +227,18 @@ def test_tables_order_mark_and_round() -> None:
     assert all(len(row) == len(cells[0]) for row in cells)
 
 
-def test_the_gain_has_a_column_where_it_is_known() -> None:
-    rows = [result('qsharp', 1, 0.1, 0.5, 3.0, difference_to_reference=-0.2, difference_to_reference_se=0.03)]
-    assert '| -20.0 ± 3.0 |' in tables.markdown(rows, 'test')
+def test_differences_have_columns_with_their_intervals_where_they_are_known() -> None:
+    gains = {'difference_to_reference': 0.247, 'difference_to_reference_se': 0.03, 'difference_to_reference_low': 0.175,
+             'difference_to_reference_high': 0.32, 'difference_to_cd': -0.012, 'difference_to_cd_low': -0.02,
+             'difference_to_cd_high': -0.004}
+    # One question alone has no interval.
+    alone = {**gains, 'difference_to_cd': None, 'difference_to_reference_low': None}
+    text = tables.markdown([result('reference', 0, None, 0.3, 0.0), result('qsharp', 1, 0.2, 0.5, 2.0, **gains),
+                            result('qsharp', 1, 0.1, 0.5, 3.0, **alone)], 'test')
+    cells = [[cell.strip() for cell in line.strip('|').split('|')][4:6] for line in text.splitlines()[:5]]
+    assert cells == [['over reference', 'over CD'], ['---:', '---:'], ['', ''],
+                     ['+24.7 [17.5, 32.0]', '-1.2 [-2.0, -0.4]'], ['+24.7', '']]
+    assert '[in brackets] their 95 % intervals' in text and 'brackets' not in tables.markdown(results(), 'test')
 
 
 def test_the_summary_has_the_table_and_what_it_says(workdir: Path) -> None:
@@ -267,11 +276,11 @@ def test_frontier_says_plainly_where_guidance_does_not_lead() -> None:
         return tables.frontier([*base, *(result('qsharp', 1, eta, p, kl) for eta, p, kl in points)], 'test')
 
     assert said((0.1, 0.41, 1.0), (0.05, 0.51, 9.0)) == [
-        'At equal KL, Q♯, iteration 1 lies on or above the sharpened reference at every η.']
+        'At equal KL, Q♯, iteration 1 lies on or above the sharpened reference at every η (point estimates).']
     assert said((0.1, 0.39, 1.0), (0.05, 0.51, 9.0)) == [
-        'At equal KL, Q♯, iteration 1 lies on or above the sharpened reference except at η = 0.1.']
+        'At equal KL, Q♯, iteration 1 lies on or above the sharpened reference except at η = 0.1 (point estimates).']
     assert said((0.1, 0.39, 1.0), (0.05, 0.49, 9.0)) == [
-        'At equal KL, Q♯, iteration 1 lies below the sharpened reference at every η.']
+        'At equal KL, Q♯, iteration 1 lies below the sharpened reference at every η (point estimates).']
     assert tables.frontier(base, 'test') == []
 
 

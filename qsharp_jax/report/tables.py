@@ -89,7 +89,8 @@ def table(rows: Sequence[Row], split: str, select_split: str = '') -> tuple[list
         Column('η', lambda row: f'{row["eta"]:g}' if has_eta(row) else ''),
         Column('temperature', lambda row: f'{row["temperature"]:g}'),
         Column('pass@1 %', lambda row: _percent(row, 'pass@1')),
-        Column('over reference', lambda row: _percent(row, 'difference_to_reference', sign='+')),
+        Column('over reference', lambda row: _interval(row, 'difference_to_reference')),
+        Column('over CD', lambda row: _interval(row, 'difference_to_cd')),
         # Of one answer, both are pass@1 again.
         Column(f'pass@{k} %', lambda row: '' if k == 1 else _percent(row, 'pass@k')),
         Column(f'maj@{k} %', lambda row: '' if k == 1 else _percent(row, 'maj@k')),
@@ -107,19 +108,21 @@ def table(rows: Sequence[Row], split: str, select_split: str = '') -> tuple[list
 
 
 def caption(rows: Sequence[Row], split: str, select_split: str = '') -> str:
-    """What the table is of: split, size, and what ± and the mark mean."""
+    """What the table is of: split, size, and what ±, brackets and the mark mean."""
     shown = of_split(rows, split)
     if not shown:
         return f'No policy has been evaluated on the split {split!r} yet.'
     examples, samples = shown[0]['n_examples'], shown[0]['n_samples']
     text = f'{split.capitalize()} split: {examples} questions, {samples} answers each; ± is one standard error.'
+    if any(_interval(row, 'difference_to_reference') for row in shown):
+        text += ' Differences are in points of pass@1, [in brackets] their 95 % intervals by the paired bootstrap.'
     if any(_chosen_rows(rows, split, select_split)):
         text += f' Marked: the η chosen on the {select_split} split.'
     return text
 
 
 def frontier(rows: Sequence[Row], split: str) -> list[str]:
-    """Sentences on where the last Q♯ lies above and below every other curve of pass@1 against KL.
+    """Sentences on where the last Q♯ lies above and below every other curve of pass@1 against KL, by point estimates.
 
     A curve joins its points and the reference's own; beyond its last point it stays at its best pass@1.
     """
@@ -141,7 +144,7 @@ def frontier(rows: Sequence[Row], split: str) -> list[str]:
         below = [f'{row["eta"]:g}' for row in points if row['pass@1'] < _height([start, *curve], row['kl'])]
         where = f'except at η = {", ".join(below)}' if below and len(below) < len(points) else 'at every η'
         side = 'below' if len(below) == len(points) else 'on or above'
-        sentences.append(f'At equal KL, {series(points[0])} lies {side} {label} {where}.')
+        sentences.append(f'At equal KL, {series(points[0])} lies {side} {label} {where} (point estimates).')
     return sentences
 
 
@@ -162,10 +165,18 @@ def _eta(row: Row) -> float:
     return row['eta'] if has_eta(row) else 0.0
 
 
-def _percent(row: Row, field: str, sign: str = '') -> str:
+def _percent(row: Row, field: str) -> str:
     if field not in row or row[field] is None:
         return ''
-    return f'{100 * row[field]:{sign}.1f}' + _error(row, field, 100, 1)
+    return f'{100 * row[field]:.1f}' + _error(row, field, 100, 1)
+
+
+def _interval(row: Row, field: str) -> str:
+    """A difference with its 95 % interval, which one question alone does not have."""
+    if field not in row or row[field] is None:
+        return ''
+    low, high = row[f'{field}_low'], row[f'{field}_high']
+    return f'{100 * row[field]:+.1f}' + ('' if low is None else f' [{100 * low:.1f}, {100 * high:.1f}]')
 
 
 def _measured(row: Row, field: str, digits: int = 2) -> str:
