@@ -1,6 +1,7 @@
 """The paper's tables with runs beside them, on results written by hand."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def make(directory: Path, spec: str, rows: list[Row], **keys: Any) -> Path:
     loaded = config.load(spec, [(key.replace('__', '.'), str(text)) for key, text in keys.items()])
     (directory / 'config.json').write_text(config.to_json(loaded))
     metrics.ResultsFile(directory / 'results.jsonl').add(rows)
+    (directory / 'timings.json').write_text(json.dumps({'collect 1': 3600.0, 'fit 1': 4000.0}))
     return directory
 
 
@@ -42,7 +44,8 @@ def small(tmp_path: Path) -> Path:
         result('reference', 0, None, 0.3), result('reference', 0, None, 0.4, temperature=0.0, selected=False),
         result('cd', 1, 0.5, 0.35), result('qsharp', 1, 0.1, 0.36), result('qsharp', 2, 0.05, 0.9, selected=False),
         result('qsharp', 2, 0.2, 0.42, best_of_k=0.5, best_of_k_se=0.04),
-        *(result('qsharp', 2, eta, 0.1 / eta, split='validation', selected=eta == 0.2) for eta in (0.2, 0.5))])
+        *(result('qsharp', 2, eta, 0.1 / eta, split='validation', selected=eta == 0.2, commit='def')
+          for eta in (0.2, 0.5))])
 
 
 def test_a_small_run_stands_in_the_first_place_and_says_what_differs(small: Path) -> None:
@@ -139,6 +142,8 @@ def test_every_table_is_made_without_a_run_and_with_one(number: str, small: Path
     nothing = publish.write(number, [], out)
     assert 'missing' in nothing.lower() and 'experiments/reproduce.py' in nothing
     text = publish.write(number, [small], out)
+    made = 'seed 0, 1 device, commit abc, def, 2 h 06 min in all'
+    assert (f'Run: {made}.' if number == 'fig3' else f'Runs: small ({made}).') in text and 'seed 0' not in nothing
     names = sorted(path.name for path in out.iterdir())
     if number == 'fig3':
         assert names == ['fig3.md', 'fig3_small.png', 'fig3_small.svg'] and '| **Q♯, iteration 2** | **0.2** |' in text
@@ -149,7 +154,7 @@ def test_every_table_is_made_without_a_run_and_with_one(number: str, small: Path
     tex = (out / f'table_{number}.tex').read_text()
     rows = [line for line in tex.splitlines() if line.endswith(r'\\')]
     assert len(rows) == len(lines) - 1 and all(row.replace(r'\&', '').count('&') == 6 for row in rows)
-    assert '_' not in tex.replace(r'\_', '') and '♯' not in tex
+    assert made in tex and '_' not in tex.replace(r'\_', '') and '♯' not in tex
     assert (out / f'table_{number}.md').read_text() == text
 
 

@@ -33,6 +33,7 @@ class Cell:
       ours: None if it is missing.
       error: standard error of ours; None if it is missing.
       differs: what is otherwise in our run; where our number is missing, what fills it in.
+      run: that ours is of; None if it is missing.
     """
 
     setting: str
@@ -42,6 +43,7 @@ class Cell:
     ours: float | None
     error: float | None
     differs: str
+    run: Run | None
 
     @property
     def difference(self) -> float | None:
@@ -145,11 +147,11 @@ def _cell(table: Table, column: Column, method: str, metric: str, number: float 
     name = METRICS[metric].format(k=k)
     ours = None if row is None or metric not in row else row[metric]
     if ours is None or run is None or row is None:
-        return Cell(setting, policy, name, number, None, None, _filled_by(table, method, metric, run, row))
+        return Cell(setting, policy, name, number, None, None, _filled_by(table, method, metric, run, row), None)
     scale = 1.0 if metric == 'kl' else 100.0
     error = row[f'{metric}_se']
     return Cell(setting, policy, name, number, scale * ours, None if error is None else scale * error,
-                '; '.join(_differences(run, row, column)))
+                '; '.join(_differences(run, row, column)), run)
 
 
 def _differences(run: Run, row: Row, column: Column) -> list[str]:
@@ -209,10 +211,12 @@ def rendered(table: Table, found: Sequence[Cell]) -> tuple[list[str], list[list[
     return titles, lines
 
 
-def caption(table: Table) -> str:
-    """What a table is, and what its signs mean."""
+def caption(table: Table, found: Sequence[Cell]) -> str:
+    """What a table is, what its signs mean, and what our numbers were made by."""
+    runs = {cell.run.workdir.resolve(): cell.run for cell in found if cell.run}
+    ours = '; '.join(f'{path.name} ({", ".join(run.provenance)})' for path, run in runs.items())
     return (f'Table {table.number} of the paper: {table.title}. ± is one standard error, clustered by question; the '
-            'paper has none. The difference is ours less the paper\'s.')
+            'paper has none. The difference is ours less the paper\'s.' + (f' Runs: {ours}.' if ours else ''))
 
 
 def markdown(table: Table, found: Sequence[Cell]) -> str:
@@ -220,7 +224,7 @@ def markdown(table: Table, found: Sequence[Cell]) -> str:
     titles, lines = rendered(table, found)
     rows = [titles, ['---'] * 3 + ['---:'] * 3 + ['---'], *lines]
     return ''.join(f'| {" | ".join(text.replace("|", chr(92) + "|") for text in row)} |\n' for row in rows) + (
-        f'\n{caption(table)}\n')
+        f'\n{caption(table, found)}\n')
 
 
 def latex(table: Table, found: Sequence[Cell]) -> str:
@@ -228,7 +232,7 @@ def latex(table: Table, found: Sequence[Cell]) -> str:
     titles, lines = rendered(table, found)
     rows = [' & '.join(map(_escaped, row)) + r' \\' for row in (titles, *lines)]
     return '\n'.join([r'\begin{table}', r'\small', r'\begin{tabular}{lllrrrp{5cm}}', r'\hline', rows[0], r'\hline',
-                      *rows[1:], r'\hline', r'\end{tabular}', rf'\caption{{{_escaped(caption(table))}}}',
+                      *rows[1:], r'\hline', r'\end{tabular}', rf'\caption{{{_escaped(caption(table, found))}}}',
                       r'\end{table}', ''])
 
 

@@ -161,16 +161,8 @@ def _token(text: str, value: float | None, low: float, high: float) -> tuple[str
 
 def _facts(run: Run) -> list[str]:
     """Short facts for the line under the title."""
-    facts = [f'reference {Path(run.config["reference"]["source"]).name}', f'iterations {run.config["iterations"]}',
-             f'seed {run.config["seed"]}']
-    if run.results:
-        devices = run.results[-1]['devices']
-        facts.append(f'{devices} device{"s" if devices > 1 else ""}')
-        if run.results[-1]['commit']:
-            facts.append(f'commit {run.results[-1]["commit"]}')
-    if run.timings:
-        facts.append(f'{duration(sum(run.timings.values()))} in all')
-    return facts
+    return [f'reference {Path(run.config["reference"]["source"]).name}', f'iterations {run.config["iterations"]}',
+            *run.provenance]
 
 
 def _warnings(run: Run) -> list[str]:

@@ -68,6 +68,7 @@ def _frontier(runs: Sequence[Run]) -> tuple[str, dict[str, Figure]]:
             figures[f'fig3_{run.workdir.resolve().name}'] = plots.pass1_against_kl(run.results, split)
             parts += [f'### {run.workdir.resolve().name}: {run.config["task"]["name"]}, '
                       f'{Path(run.config["reference"]["source"]).name}\n', tables.markdown(run.results, split, split),
+                      f'Run: {", ".join(run.provenance)}.\n',
                       *(f'- {sentence}' for sentence in tables.frontier(run.results, split)), '']
     if not parts:
         parts = ['Missing: `python experiments/reproduce.py --table=fig3 --size=paper --run`', '']

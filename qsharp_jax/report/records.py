@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from qsharp_jax.metrics import read_rows
+from qsharp_jax.progress import duration
 
 Row = dict[str, Any]
 
@@ -48,6 +49,19 @@ class Run:
         """The split on which every eta was evaluated: that of the report if it is one."""
         evaluation = self.config['eval']
         return self.split if evaluation['every_eta'] else str(evaluation['select_split']) or self.split
+
+    @property
+    def provenance(self) -> list[str]:
+        """What its numbers were made by, in words: seed, devices, commits of the code, time of all its phases."""
+        devices = dict.fromkeys(row['devices'] for row in self.results)
+        commits = dict.fromkeys(row['commit'] for row in self.results if row['commit'])
+        words = [f'seed {self.config["seed"]}',
+                 *(f'{count} device{"s" if count > 1 else ""}' for count in devices)]
+        if commits:
+            words.append(f'commit {", ".join(commits)}')
+        if self.timings:
+            words.append(f'{duration(sum(self.timings.values()))} in all')
+        return words
 
 
 def read(workdir: str | os.PathLike[str], samples: bool = True) -> Run:
