@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     wanted.add_argument('--table', help='1 to 7, or fig3')
     wanted.add_argument('--figure', choices=('star_graph',), help='of section 3')
     parser.add_argument('--size', default='small', help='tiny, small or paper')
-    parser.add_argument('--root', type=Path, default=Path('runs/reproduce'), help='where the runs are kept')
+    parser.add_argument('--root', type=Path, default=cli.REPRODUCED, help='where the runs are kept')
     parser.add_argument('--jobs', type=cli.words, default=(), help='names of the runs meant; all, if left out')
     parser.add_argument('--policy', default='', help='checkpoint of the other policy of table 7')
     parser.add_argument('--run', action='store_true', help='run what is missing')

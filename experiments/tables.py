@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
         print(star_graph_records.write(args.workdirs, args.out))
         print(f'Files: {args.out}')
     else:
-        print(publish.write(args.table, args.workdirs, args.out))
+        from qsharp_jax import reproduce  # after the command line is known to be right: it takes seconds to import
+        print(reproduce.table(args.table, args.workdirs, args.out))
         print(f'Files: {args.out}')
 
 

@@ -13,6 +13,8 @@ import ml_collections
 from qsharp_jax import allocation
 from qsharp_jax import config as config_lib
 
+REPRODUCED = Path('runs/reproduce')  # where the runs of the paper's tables are kept, unless it is said otherwise
+
 _PACKAGE = str(Path(__file__).resolve().parent) + os.sep
 
 

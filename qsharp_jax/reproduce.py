@@ -7,25 +7,25 @@ import itertools
 import json
 import math
 from pathlib import Path
-import shlex
 
 import jax
 import ml_collections
 
-from qsharp_jax import baseline_runs
+from qsharp_jax import baseline_runs, cli, commands
 from qsharp_jax import config as config_lib
 from qsharp_jax import estimates, plans, results, star_graph_records, train
 from qsharp_jax.categorical import METHODS
+from qsharp_jax.config import Overrides
 from qsharp_jax.evaluate import Evaluated
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.plans import Job
 from qsharp_jax.progress import duration
 from qsharp_jax.report import publish
-
-Overrides = Sequence[tuple[str, str]]
+from qsharp_jax.report.comparison import Possible
 
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = _ROOT / 'docs' / 'results'  # with what the figure of star graphs was drawn from, by size
+_POLICY = 'path/to/policy'  # where none is named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +49,8 @@ class Planned:
     @property
     def command(self) -> str:
         """The command that does the same by hand."""
-        words = ['python', _from_here('experiments/train.py'), f'--config={_from_here(self.job.config)}',
-                 f'--workdir={self.workdir}',
-                 *(f'--config.{key}={text}' for key, text in self.overrides)]
-        if self.shares:
-            words += [f'--relabel_from={self.shares}', '--relabel_iterations=1']
-        return shlex.join(words)
+        flags = [f'--relabel_from={self.shares}', '--relabel_iterations=1'] if self.shares else []
+        return commands.train(self.job.config, self.workdir, self.overrides, flags)
 
     @property
     def missing(self) -> list[str]:
@@ -139,7 +135,7 @@ def planned(name: str, size: str, root: Path, overrides: Overrides = (), policy:
             given = [(key, text) for key, text in given if key != 'reference.source']
             keys['reference.source'] = policy
         every = [*given, *keys.items()]
-        found.append(Planned(job, root / size / job.name, config_lib.load(_from_here(job.config), every), every,
+        found.append(Planned(job, root / size / job.name, config_lib.load(commands.from_here(job.config), every), every,
                              root / size / job.shares if job.shares else None))
     return found
 
@@ -152,7 +148,8 @@ def _check_overrides(jobs: Sequence[Job], overrides: Overrides) -> None:
     """Raises ValueError for a key that tells jobs apart, unless it names the one model of all of them."""
     for key, _ in overrides:
         alike = [job for job in jobs if not (job.other_policy and key == 'reference.source')]
-        configs = [config_lib.flatten(config_lib.load(_from_here(job.config), list(job.keys.items()))) for job in alike]
+        configs = [config_lib.flatten(config_lib.load(commands.from_here(job.config), list(job.keys.items())))
+                   for job in alike]
         # A key that does not exist is refused, with the nearest names, where it is set.
         values = {keys[key] for keys in configs if key in keys}
         special = [job.name for job in alike if key in job.keys]
@@ -161,9 +158,47 @@ def _check_overrides(jobs: Sequence[Job], overrides: Overrides) -> None:
                              'own): leave it out, or name the runs that it is for with --jobs.')
 
 
-def _from_here(path: str) -> str:
-    """Returns a path of this checkout, with a size behind it or not, as it is written from the current directory."""
-    return path if Path(path.partition(':')[0]).exists() else str(_ROOT / path)
+def possible(found: Sequence[Planned]) -> list[Possible]:
+    """Returns the runs of a plan as tables name them where numbers are missing: with commands that run as they stand.
+
+    Folders of data that are not named are 'path/to/…'. What a run takes from one that is not done is made before it.
+    """
+    made: dict[str, str] = {}
+    plan = {one.job.name: one for one in found}
+    for name, one in plan.items():
+        before = [other for other in (one.job.shares, one.job.guided_by) if other in made]
+        shared = one.shares if one.job.shares in made or (one.shares and one.shares.exists()) else None
+        whole = dataclasses.replace(one, overrides=[*one.overrides, *_folders(one.config)], shares=shared)
+        made[name] = ' && '.join([*(made[other] for other in before if plan[other].status != 'done'), whole.command])
+    return [Possible(one.workdir, one.config, made[name]) for name, one in plan.items()]
+
+
+def _folders(config: ml_collections.ConfigDict) -> Overrides:
+    """Returns the keys of folders that a run's task needs and that are not set, with texts to put paths in place of."""
+    task = config.task[config.task.name]
+    names = {'folder': config.task.name, 'test_folder': config.task.math.test_set}
+    return [(f'task.{config.task.name}.{key}', f'path/to/{what}') for key, what in names.items()
+            if key in task and not task[key]]
+
+
+def table(name: str, workdirs: Sequence[Path], out: Path, plan: Sequence[Planned] = (), root: Path = cli.REPRODUCED,
+          policy: str = '') -> str:
+    """Writes a table of the paper, and returns it as Markdown; see `publish.write`.
+
+    Args:
+      name: one of `publish.NAMES`.
+      workdirs: of runs.
+      out: directory of the files.
+      plan: runs that are named for missing numbers, before those of the paper's size.
+      root: as in `planned`, for these.
+      policy: as in `planned`, for these.
+
+    Raises:
+      ValueError: as `publish.write`.
+    """
+    planned_here = {one.workdir for one in plan}
+    paper = [one for one in planned(name, 'paper', root, policy=policy or _POLICY) if one.workdir not in planned_here]
+    return publish.write(name, workdirs, out, [*possible(plan), *possible(paper)])
 
 
 def describe(found: Sequence[Planned]) -> str:
@@ -215,7 +250,7 @@ def run(name: str, size: str, root: Path, overrides: Overrides = (), policy: str
     made = [one.workdir for one in found if (one.workdir / 'results.jsonl').exists()]
     out = root / size / 'tables'
     if name != star_graph_records.NAME:
-        text = publish.write(name, made, out)
+        text = table(name, made, out, found, root, policy)
     else:
         kept = _RESULTS / f'{name}_{size}.json'
         if not made and kept.exists():

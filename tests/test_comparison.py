@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+import shlex
+import subprocess
 from typing import Any
 
 import pytest
 
 from experiments import tables as entry
-from qsharp_jax import cli, config, metrics
+from qsharp_jax import cli, commands, config, metrics, reproduce
 from qsharp_jax.report import comparison, paper, publish
+from qsharp_jax.report.comparison import Possible
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = str(ROOT / 'configs' / 'gsm8k.py') + ':small'
@@ -64,14 +67,15 @@ def test_a_small_run_stands_in_the_first_place_and_says_what_differs(small: Path
     for words in ('reference Qwen2.5-0.5B-Instruct', 'value network from 12 layers of the reference', 'top_p 1.0',
                   'max_new_tokens 300', 'samples 4', '50 questions', 'η 0.2'):
         assert words in cell.differs, words
-    missing = [cell for cell in found if cell.ours is None]
-    assert {cell.differs for cell in missing} == {'python experiments/reproduce.py --table=1 --size=paper --run'}
-    assert all(cell.difference is None for cell in missing)
+    lacking = [cell for cell in found if cell.ours is None]
+    assert {cell.setting for cell in lacking} == {cell.setting for cell in found} - {cell.setting}
+    assert all(cell.difference is None and cell.run is None for cell in lacking)
 
 
 def test_the_paper_s_own_models_stand_in_their_own_place(small: Path, tmp_path: Path) -> None:
     own = make(tmp_path / 'own', PAPER, [result('qsharp', 2, 0.1, 0.467, k=8, n_examples=500, temperature=0.8)],
-               reference__source='models/Llama-3.1-8B-Instruct', value__source='models/Llama-3.2-1B-Instruct')
+               reference__source='models/Llama-3.1-8B-Instruct', value__source='models/Llama-3.2-1B-Instruct',
+               eval__methods='qsharp')
     found = comparison.cells(paper.TABLES['1'], comparison.read([small, own]))
     filled = {cell.setting: cell for cell in found if cell.ours is not None and cell.metric.startswith('pass@1')
               and cell.policy == 'Q♯'}
@@ -79,16 +83,91 @@ def test_the_paper_s_own_models_stand_in_their_own_place(small: Path, tmp_path: 
     cell = filled['MATH, Llama 3.1 8B with Llama 3.2 1B']
     assert cell.differs == '' and cell.difference == pytest.approx(0)
     lacking = next(cell for cell in found if cell.setting.startswith('MATH, Llama 3.1') and cell.policy == 'CD')
-    assert lacking.differs.endswith(f'the command of {own} again, with --config.eval.methods=cd,qsharp')
+    wanted = make(tmp_path / 'wanted', PAPER, [], reference__source='models/Llama-3.1-8B-Instruct',
+                  value__source='models/Llama-3.2-1B-Instruct', eval__methods='qsharp,cd')
+    spec, text = asked(lacking.differs, own)
+    assert spec.endswith('configs/math.py:paper') and text == (wanted / 'config.json').read_text()
 
 
-def test_a_score_that_is_missing_names_its_key(small: Path) -> None:
-    found = comparison.cells(paper.TABLES['3'], comparison.read([small]))
+def test_a_score_that_is_missing_names_its_key(tmp_path: Path) -> None:
+    run = make(tmp_path / 'small', SMALL, [
+        result('reference', 0, None, 0.3), result('qsharp', 2, 0.2, 0.42, best_of_k=0.5, best_of_k_se=0.04)],
+        eval__reward_model=False)
+    found = comparison.cells(paper.TABLES['3'], comparison.read([run]))
     there = [cell for cell in found if cell.setting.startswith('GSM8K')]
     assert len(there) == 8
     best = {cell.policy: cell for cell in there if cell.metric.startswith('best of')}
     assert best['Q♯'].ours == pytest.approx(50) and best['Q♯'].metric == 'best of 4, %' and best['Q♯'].paper == 86.0
-    assert '--config.eval.reward_model=True' in best['reference'].differs
+    assert best['reference'].differs.endswith(' --config.eval.reward_model=False --config.eval.reward_model=True')
+
+
+def asked(command: str, workdir: Path) -> tuple[str, str]:
+    """The configuration file that a command of a missing number names, and the configuration that it gives as text."""
+    words = shlex.split(command.split(' && ')[-1])
+    spec, overrides, others = cli.split_arguments(words[2:])
+    assert words[:2] == ['python', commands.from_here('experiments/train.py')] and spec is not None
+    assert others[0] == f'--workdir={workdir}'
+    return spec, config.to_json(config.load(spec, overrides))
+
+
+def possible(number: str, size: str, root: Path) -> list[Possible]:
+    return reproduce.possible(reproduce.planned(number, size, root, policy='path/to/policy'))
+
+
+def missing(number: str, runs: list[Path], *plans: list[Possible]) -> dict[tuple[str, str, str], str]:
+    """What is said of each number that is missing; what cannot be measured is left out."""
+    found = comparison.cells(paper.TABLES[number], comparison.read(runs), [one for plan in plans for one in plan])
+    return {(cell.setting, cell.policy, cell.metric): cell.differs for cell in found
+            if cell.ours is None and not cell.differs.startswith('not measured')}
+
+
+def rows_of(plan: Possible) -> list[Row]:
+    """A row of all that a run measures, with as many votes as the paper has."""
+    scores = {name: 0.5 for name in ('best_of_k', 'best_of_k_se', 'weighted_maj@k', 'weighted_maj@k_se')}
+    methods = [('reference', 0), *((name, 1) for name in plan.config['eval']['methods'] if name != 'qsharp'),
+               *(('qsharp', k) for k in range(1, plan.config['iterations'] + 1))]
+    return [result(method, k, 0.1 if k else None, 0.5, split=split, **{'k': 8, **scores}) for method, k in methods
+            for split in ('test', 'validation')]
+
+
+@pytest.mark.parametrize('number', paper.TABLES)
+def test_the_command_of_a_missing_number_makes_the_run_that_has_it(number: str, tmp_path: Path) -> None:
+    plan = possible(number, 'paper', tmp_path / 'runs')
+    lacking = missing(number, [], plan)
+    assert set(lacking.values()) <= {one.command for one in plan}
+    made = {}
+    for one in plan:
+        assert 'folder=path/to/' in one.command
+        make(one.workdir, ARITHMETIC, rows_of(one))
+        spec, text = asked(one.command, one.workdir)
+        (one.workdir / 'config.json').write_text(text)
+        made[one.command] = one.workdir
+    for where, command in lacking.items():
+        assert where not in missing(number, [made[command]], plan), where
+    assert not missing(number, list(made.values()), plan)
+
+
+def test_a_run_that_takes_from_another_is_made_after_it(tmp_path: Path) -> None:
+    base, single, *_ = possible('4', 'small', tmp_path)
+    assert single.command == f'{base.command} && {single.command.split(" && ")[1]}'
+    assert '--relabel_from' in single.command
+    alone = reproduce.possible(reproduce.planned('4', 'small', tmp_path, only=('arithmetic_single',)))
+    assert 'relabel' not in alone[0].command and '&&' not in alone[0].command
+
+
+def test_small_runs_are_named_where_they_would_stand(tmp_path: Path) -> None:
+    root = tmp_path / 'runs'
+    small_plan, papers = possible('4', 'small', root), possible('4', 'paper', root)
+    lacking = missing('4', [], small_plan, papers)
+    commands_of = {setting: {said for (where, *_), said in lacking.items() if where == setting}
+                   for setting in ('GSM8K, Llama 3 8B with Llama 3.2 1B', 'MATH, Llama 3.1 8B with Llama 3.2 1B')}
+    for said, plan in zip(commands_of.values(), (small_plan, papers), strict=True):
+        assert said and said < {one.command for one in plan}
+    # A run that was begun is named by its own command.
+    begun = make(small_plan[0].workdir, ARITHMETIC, [result('qsharp', 1, 0.1, 0.2, split='validation')])
+    left = missing('4', [begun], small_plan, papers)
+    assert left['GSM8K, Llama 3 8B with Llama 3.2 1B', 'Q♯, all prefixes, V, distributional, 2 iterations', 'pass@1, %'
+                ] == small_plan[0].command
 
 
 def variants(tmp_path: Path) -> list[Path]:
@@ -136,12 +215,20 @@ def test_another_policy_has_its_own_place(small: Path, tmp_path: Path) -> None:
     assert any(cell.differs.startswith('not measured') and cell.paper == 69.52 for cell in found)
 
 
+def test_commands_are_one_line_whatever_a_key_holds(tmp_path: Path) -> None:
+    text = "one's \\boxed{{7}}\n{question} $HOME"
+    command = commands.train('configs/gsm8k.py:tiny', tmp_path / 'a run', [('task.template', text)])
+    read = subprocess.run(['bash', '-c', f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
+    assert '\n' not in command and read.stdout.split('\0')[3:5] == [
+        f'--workdir={tmp_path / "a run"}', f'--config.task.template={text}']
+
+
 @pytest.mark.parametrize('number', publish.NAMES)
 def test_every_table_is_made_without_a_run_and_with_one(number: str, small: Path, tmp_path: Path) -> None:
     out = tmp_path / 'out'
-    nothing = publish.write(number, [], out)
-    assert 'missing' in nothing.lower() and 'experiments/reproduce.py' in nothing
-    text = publish.write(number, [small], out)
+    nothing = reproduce.table(number, [], out)
+    assert 'missing' in nothing.lower() and '`python ' in nothing and 'experiments/train.py' in nothing
+    text = reproduce.table(number, [small], out)
     made = 'seed 0, 1 device, commit abc, def, 2 h 06 min in all'
     assert (f'Run: {made}.' if number == 'fig3' else f'Runs: small ({made}).') in text and 'seed 0' not in nothing
     names = sorted(path.name for path in out.iterdir())

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ('types', 'allocation'),
     ('categorical', 'guidance', 'estimators', 'calibration'),
-    ('config_rules', 'config', 'progress', 'metrics', 'cli', 'report'),
+    ('config_rules', 'config', 'progress', 'metrics', 'cli', 'commands', 'report'),
     ('sharding', 'topology', 'hlo', 'optimizers', 'data', 'rewards', 'models', 'decoding'),
     ('rollout', 'units', 'queue', 'learner', 'checkpoint', 'baselines', 'ledger',
      'star_graph_records'),

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from qsharp_jax import commands
 from qsharp_jax import config as config_lib
 from qsharp_jax.report import paper, records
 from qsharp_jax.report.paper import Column, Table, Variant
@@ -51,22 +52,55 @@ class Cell:
         return None if self.ours is None or self.paper is None else self.ours - self.paper
 
 
-def cells(table: Table, runs: Sequence[Run]) -> list[Cell]:
+@dataclasses.dataclass(frozen=True)
+class Possible:
+    """A run that can be made, or gone on with.
+
+    Attributes:
+      workdir: where it is kept.
+      config: of the run, nested.
+      command: that makes it, as it stands.
+    """
+
+    workdir: Path
+    config: Mapping[str, Any]
+    command: str
+
+
+Configured = TypeVar('Configured', Run, Possible)
+
+
+def cells(table: Table, runs: Sequence[Run], possible: Sequence[Possible] = ()) -> list[Cell]:
     """Returns every number of a table, in its order, with those of these runs beside it.
 
     A run stands where its task, reference and value model are the paper's; one of other models stands for the first
     setting that no such run has, so that small runs have a place. How a network is fitted must be as the paper says.
+
+    Args:
+      table: of the paper.
+      runs: finished or not.
+      possible: runs whose commands are named where a number is missing. Those of the paper's models are named in their
+        own place; those of others where such runs would stand.
     """
-    places = _places(table, runs)
+    of_others = [one for one in possible if not any(_is_of(_setting(column), one) for column in table.columns)]
+    places = _places(table, [*runs, *of_others])
     found = []
     for column in table.columns:
-        run = _fitting(column, places[_setting(column)] if _setting(column) in places else [])
+        setting = _setting(column)
+        here = places[setting] if setting in places else []
+        run = _fitting(column, [one for one in here if isinstance(one, Run)])
+        next_one = (_fitting(column, [one for one in here if isinstance(one, Possible)])
+                    or _fitting(column, [one for one in possible if _is_of(setting, one)]))
         # What the paper does not report has a line only where we do.
         if run is None and all(number is None for numbers in column.numbers.values() for number in numbers.values()):
             continue
         for method, numbers in column.numbers.items():
             row = None if run is None else _row(run, table, column, method)
-            found += [_cell(table, column, method, metric, number, run, row) for metric, number in numbers.items()]
+            for metric, number in numbers.items():
+                cell = _cell(column, method, metric, number, run, row)
+                if cell.run is None:
+                    cell = dataclasses.replace(cell, differs=_filled_by(method, metric, run, row, next_one, possible))
+                found.append(cell)
     return found
 
 
@@ -74,34 +108,44 @@ def _setting(column: Column) -> Setting:
     return *column.setting, column.variant.other_policy
 
 
-def _places(table: Table, runs: Sequence[Run]) -> dict[Setting, list[Run]]:
+def _places(table: Table, runs: Sequence[Run | Possible]) -> dict[Setting, list[Run | Possible]]:
     """Returns the runs of each setting. Runs of one task and the same models share theirs."""
-    alike: dict[tuple[Any, ...], list[Run]] = {}
+    alike: dict[tuple[Any, ...], list[Run | Possible]] = {}
     for run in runs:
         value = run.config['value']
         key = (_task(run), run.config['reference']['source'], value['source'], value['init'], value['layers'],
-               bool(value['run']))
+               _guides_another(run.config))
         alike.setdefault(key, []).append(run)
     free = list(dict.fromkeys(map(_setting, table.columns)))
-    places: dict[Setting, list[Run]] = {}
+    places: dict[Setting, list[Run | Possible]] = {}
     # The closest first; of equals, in the order of the table and of the runs.
     pairs = sorted(((_closeness(setting, group[0]), -number, setting, group) for group in alike.values()
                     for number, setting in enumerate(free)), key=lambda pair: pair[:2], reverse=True)
     placed: list[int] = []
     for _, _, setting, group in pairs:
-        if setting not in places and id(group) not in placed and setting[3] == bool(group[0].config['value']['run']):
+        if setting[3] == _guides_another(group[0].config) and setting not in places and id(group) not in placed:
             places[setting] = group
             placed.append(id(group))
     return places
 
 
-def _closeness(setting: Setting, run: Run) -> tuple[bool, bool, bool]:
-    task, reference, value, _ = setting
-    return (task == _task(run), _is(run.config['reference']['source'], reference),
+def _closeness(setting: Setting, run: Run | Possible) -> tuple[bool, bool, bool]:
+    task, reference, value, other_policy = setting
+    return (task == _task(run), other_policy or _is(run.config['reference']['source'], reference),
             _is(run.config['value']['source'], value))
 
 
-def _task(run: Run) -> str:
+def _is_of(setting: Setting, run: Run | Possible) -> bool:
+    """Returns whether a run has the task and the models of a setting."""
+    return all(_closeness(setting, run)) and setting[3] == _guides_another(run.config)
+
+
+def _guides_another(config: Mapping[str, Any]) -> bool:
+    """Returns whether the policy is another than the value network was fitted for; on AIME's it is the same."""
+    return bool(config['value']['run']) and config['task']['math']['test_set'] != 'aime24'
+
+
+def _task(run: Run | Possible) -> str:
     name = str(run.config['task']['name'])
     return str(run.config['task']['math']['test_set']) if name == 'math' else name
 
@@ -110,7 +154,7 @@ def _is(source: str, model: str) -> bool:
     return paper.MODELS[model] in Path(source).name.lower()
 
 
-def _fitting(column: Column, runs: Sequence[Run]) -> Run | None:
+def _fitting(column: Column, runs: Sequence[Configured]) -> Configured | None:
     """Returns the run whose networks are fitted as the column says.
 
     Of several it is the one with the fewest iterations that are enough, or with the most where none are told.
@@ -122,7 +166,7 @@ def _fitting(column: Column, runs: Sequence[Run]) -> Run | None:
 
 def _is_variant(variant: Variant, config: Mapping[str, Any]) -> bool:
     value = config['value']
-    return bool(value['run']) == variant.other_policy and value['type'] == variant.kind and (
+    return _guides_another(config) == variant.other_policy and value['type'] == variant.kind and (
         value['head'] in variant.heads and config['fit']['tokens'] == variant.tokens
         and config['iterations'] >= variant.iterations)
 
@@ -137,8 +181,7 @@ def _row(run: Run, table: Table, column: Column, method: str) -> Row | None:
     return max(rows, key=lambda row: row['iteration'], default=None)
 
 
-def _cell(table: Table, column: Column, method: str, metric: str, number: float | None, run: Run | None,
-          row: Row | None) -> Cell:
+def _cell(column: Column, method: str, metric: str, number: float | None, run: Run | None, row: Row | None) -> Cell:
     setting = f'{paper.TASKS[column.task]}, {column.reference} with {column.value}'
     policy = column.names[method] if method in column.names else METHODS[method]
     if column.variant.name and not column.variant.other_policy:
@@ -147,7 +190,7 @@ def _cell(table: Table, column: Column, method: str, metric: str, number: float 
     name = METRICS[metric].format(k=k)
     ours = None if row is None or metric not in row else row[metric]
     if ours is None or run is None or row is None:
-        return Cell(setting, policy, name, number, None, None, _filled_by(table, method, metric, run, row), None)
+        return Cell(setting, policy, name, number, None, None, '', None)
     scale = 1.0 if metric == 'kl' else 100.0
     error = row[f'{metric}_se']
     return Cell(setting, policy, name, number, scale * ours, None if error is None else scale * error,
@@ -181,19 +224,22 @@ def _differences(run: Run, row: Row, column: Column) -> list[str]:
     return words
 
 
-def _filled_by(table: Table, method: str, metric: str, run: Run | None, row: Row | None) -> str:
-    """What to run for a number that is missing."""
+def _filled_by(method: str, metric: str, run: Run | None, row: Row | None, next_one: Possible | None,
+               possible: Sequence[Possible]) -> str:
+    """Returns the command that fills in a number that is missing, or why none does."""
     if metric == 'kl_to_first_reference':
         return 'not measured: KL here is to the policy that is guided'
     if run is None:
-        return f'python experiments/reproduce.py --table={table.number} --size=paper --run'
-    if row is not None and metric in ('best_of_k', 'weighted_maj@k'):
-        key = 'eval.reward_model=True'
-    elif method in ('reference', 'qsharp'):
-        return f'the command of {run.workdir} again: it is not finished'
-    else:
-        key = f'eval.methods={",".join(dict.fromkeys([*run.config["eval"]["methods"], method]))}'
-    return f'the command of {run.workdir} again, with --config.{key}'
+        return next_one.command if next_one else 'no run that is planned has it'
+    place = run.workdir.resolve()
+    command = next((one.command for one in possible if one.workdir.resolve() == place), None) or (
+        commands.resume(run.config, run.workdir))
+    methods = run.config['eval']['methods']
+    if method != 'reference' and method not in methods:
+        command += f' --config.eval.methods={",".join([*methods, method])}'
+    if metric in ('best_of_k', 'weighted_maj@k') and not run.config['eval']['reward_model']:
+        command += ' --config.eval.reward_model=True'
+    return command
 
 
 def rendered(table: Table, found: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:

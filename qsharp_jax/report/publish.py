@@ -8,19 +8,20 @@ from matplotlib.figure import Figure
 
 from qsharp_jax.metrics import replace_text
 from qsharp_jax.report import comparison, paper, plots, tables
-from qsharp_jax.report.comparison import Cell
+from qsharp_jax.report.comparison import Cell, Possible
 from qsharp_jax.report.records import Run
 
 NAMES = (*paper.TABLES, 'fig3')
 
 
-def write(number: str, workdirs: Sequence[Path], out: Path) -> str:
+def write(number: str, workdirs: Sequence[Path], out: Path, possible: Sequence[Possible] = ()) -> str:
     """Writes a table or figure below `out`, and returns it as Markdown.
 
     Args:
       number: one of `NAMES`.
       workdirs: of runs, finished or not; none is needed.
       out: directory of the files: table_<number>.md, .tex, .png and .svg, or fig3.md and fig3_<run>.png and .svg.
+      possible: runs whose commands are named where a number is missing.
 
     Raises:
       ValueError: there is no such table, or a directory holds no run.
@@ -30,11 +31,11 @@ def write(number: str, workdirs: Sequence[Path], out: Path) -> str:
     runs = comparison.read(workdirs)
     out.mkdir(parents=True, exist_ok=True)
     if number == 'fig3':
-        text, figures = _frontier(runs)
+        text, figures = _frontier(runs, possible)
         name = 'fig3'
     else:
         table = paper.TABLES[number]
-        found = comparison.cells(table, runs)
+        found = comparison.cells(table, runs, possible)
         text, name = comparison.markdown(table, found), f'table_{number}'
         replace_text(out / f'{name}.tex', comparison.latex(table, found))
         figures = _plots(name, found)
@@ -57,7 +58,7 @@ def _plots(name: str, found: Sequence[Cell]) -> dict[str, Figure]:
     return figures
 
 
-def _frontier(runs: Sequence[Run]) -> tuple[str, dict[str, Figure]]:
+def _frontier(runs: Sequence[Run], possible: Sequence[Possible]) -> tuple[str, dict[str, Figure]]:
     """pass@1 against KL on the split that eta is chosen on, of each run."""
     figures, parts = {}, []
     with plots.style():
@@ -71,7 +72,7 @@ def _frontier(runs: Sequence[Run]) -> tuple[str, dict[str, Figure]]:
                       f'Run: {", ".join(run.provenance)}.\n',
                       *(f'- {sentence}' for sentence in tables.frontier(run.results, split)), '']
     if not parts:
-        parts = ['Missing: `python experiments/reproduce.py --table=fig3 --size=paper --run`', '']
+        parts = ['Missing. Each of these runs fills it in:\n', *(f'- `{one.command}`' for one in possible), '']
     title = ('Figure 3 of the paper: pass@1 against KL, GSM8K, validation. The paper says that Q♯ lies above CD '
              'throughout, and gives neither numbers nor the values of η.\n')
     return '\n'.join([title, *parts]), figures
