@@ -164,10 +164,10 @@ def test_small_runs_are_named_where_they_would_stand(tmp_path: Path) -> None:
     for said, plan in zip(commands_of.values(), (small_plan, papers), strict=True):
         assert said and said < {one.command for one in plan}
     # A run that was begun is named by its own command.
-    begun = make(small_plan[0].workdir, ARITHMETIC, [result('qsharp', 1, 0.1, 0.2, split='validation')])
+    begun = make(small_plan[1].workdir, ARITHMETIC, [], fit__tokens='single', iterations=1)
     left = missing('4', [begun], small_plan, papers)
-    assert left['GSM8K, Llama 3 8B with Llama 3.2 1B', 'Q♯, all prefixes, V, distributional, 2 iterations', 'pass@1, %'
-                ] == small_plan[0].command
+    assert left['GSM8K, Llama 3 8B with Llama 3.2 1B', 'Q♯, single prefix, V, distributional, 1 iteration', 'pass@1, %'
+                ] == small_plan[1].command
 
 
 def variants(tmp_path: Path) -> list[Path]:
