@@ -13,8 +13,6 @@ import re
 import jax
 from jax.experimental import topologies
 
-INSTALL = "pip install 'qsharp_jax[tpu]'"
-
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -115,7 +113,8 @@ def devices(topology: Topology) -> list[jax.Device]:
       ValueError: libtpu is not installed, or does not know this arrangement of chips.
     """
     if importlib.util.find_spec('libtpu') is None:
-        raise ValueError(f'--topology needs the TPU compiler, the package libtpu. Run: {INSTALL}')
+        raise ValueError('--topology needs the TPU compiler, the package libtpu: run pip install -e ".[tpu]" '
+                         'in the folder of this project.')
     os.environ.update(topology.environment)
     # With libtpu installed JAX would look for a TPU of this machine's own; read when JAX makes its first array.
     os.environ['JAX_PLATFORMS'] = 'cpu'

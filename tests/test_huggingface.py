@@ -336,7 +336,7 @@ def test_hub_that_is_missing_or_out_of_reach_says_what_to_do(monkeypatch):
     with pytest.raises(ValueError, match='ConnectionError: no route.*give the path'):
         pretrained.find('hf:owner/name')
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    with pytest.raises(ValueError, match=r"pip install 'qsharp_jax\[hf\]'"):
+    with pytest.raises(ValueError, match=r'run pip install -e "\.\[hf\]" in the folder'):
         pretrained.find('hf:owner/name')
 
 

@@ -46,7 +46,7 @@ def test_other_names_are_refused(name: str, words: str) -> None:
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    with pytest.raises(ValueError, match=r"package libtpu. Run: pip install 'qsharp_jax\[tpu\]'"):
+    with pytest.raises(ValueError, match=r'package libtpu: run pip install -e "\.\[tpu\]" in the'):
         topology.devices(topology.parse('v5e:2x2'))
 
 

@@ -60,7 +60,8 @@ def _downloaded(text: str) -> Path:
     try:
         hub = importlib.import_module('huggingface_hub')
     except ImportError as error:
-        raise ValueError(f"{text!r} needs the package huggingface_hub. Run: pip install 'qsharp_jax[hf]'") from error
+        raise ValueError(f'{text!r} needs the package huggingface_hub: run pip install -e ".[hf]" in the folder of '
+                         'this project.') from error
     try:
         return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # Of many kinds: no network, no such name, not allowed, no room.
