@@ -133,6 +133,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.fit.frozen_layers = 3
     config.fit.epochs = 6.0
     config.fit.warmup_steps = 100
+    config.fit.learning_rate_factors = (0.3, 1.0)  # as many rates as the policies have
     config.baselines.methods = BASELINES
     config.baselines.value_on_pairs = True
     config.baselines.epochs = 4.0

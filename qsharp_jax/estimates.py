@@ -133,7 +133,8 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
     # Roll-in and roll-out may both be as long as an answer may be; the first iteration's roll-ins are not guided.
     written = (2 * collected + evaluated) * longest
     by_value = (guided + (config.iterations - 1) * once) * longest * (1 + config.guidance.candidates)
-    read = fitted * (width + longest) * config.fit.epochs
+    rates = len(config.fit.learning_rate_factors)
+    read = rates * fitted * (width + longest) * config.fit.epochs
     # Each group of answers has its prompt once, and a prompt is prefilled once for all of its answers, at most.
     prefilled = (collected + evaluated) * width
     pretrained = config.reference.source == 'pretrain'
@@ -144,10 +145,10 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
     networks = (config.iterations + own_cd + on_pairs) * fits_here
     shapes = transformer.param_shapes(parts.reference_config)
     decoders = (beside.networks + pretrained) * sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    copies = 1 + 3 * config.checkpoint.keep  # finished, and in each checkpoint parameters and two moments
+    unfinished = 3 * config.checkpoint.keep  # in each checkpoint parameters and two moments
     stored = 8 * (collected + 2 * beside.pairs) + _TOKEN_BYTES * evaluated  # bytes by token of an answer
     return Bounds(collected, beside.drawn, beside.pairs, evaluated, flops, networks * weights,
-                  copies * (networks * weights + decoders) + stored * longest)
+                  (1 + rates * unfinished) * networks * weights + (1 + unfinished) * decoders + stored * longest)
 
 
 def _outline(config: ml_collections.ConfigDict, workdir: Path) -> experiment.Experiment:

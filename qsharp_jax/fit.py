@@ -76,7 +76,7 @@ def _steps(experiment: Experiment, train: FitBatches) -> int:
 
 def _fit(experiment: Experiment, iteration: int, rate: float, start: Params, train: FitBatches,
          heldout: list[FitBatch], etas: tuple[float, ...]) -> _Fitted:
-    """Returns the fit at one learning rate, on from its last checkpoint. The arguments are those of `fit_iteration`."""
+    """Returns the fit at one learning rate, from `start` or on from its last checkpoint."""
     config, steps, digest = experiment.config, _steps(experiment, train), train.digest
     several = len(config.fit.learning_rate_factors) > 1
     name = f'fit_{iteration}' if experiment.role == 'value' else f'fit_{experiment.role}_{iteration}'

@@ -45,4 +45,8 @@ def test_pre_training_and_the_value_network_on_pairs_are_counted(data: Path, tmp
     assert longer.flops - plain.flops > 3 * 16 * 40 * 2 * 16 * 32 * 3
     assert pairs.networks == 3 * plain.networks / 2
     assert pairs.evaluated - plain.evaluated == 2 * 2 * 16 * 2  # two methods at two eta, on two splits of 8 questions
+    swept = most(fit__learning_rate_factors='0.5,1,2')  # which reads D three times as often
+    assert swept.disk > plain.disk and swept.networks == plain.networks
+    read = most(fit__epochs=6)
+    assert swept.flops == pytest.approx(read.flops)
     assert pairs.pairs == 24 and pairs.flops > plain.flops and pairs.disk > plain.disk
