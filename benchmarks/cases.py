@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+from benchmarks import cutoff as cutoff_lib
 from benchmarks import growth as growth_lib
 from benchmarks import measure
 from benchmarks.measure import Contender, Reply, Worker
@@ -24,6 +25,7 @@ ROOM = 64  # slots of our caches for an answer; the peer's grow with it
 PEER = 'PyTorch'
 PACKED = 'one whole pass'
 NUCLEUS_SHARES = (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+CUTOFFS = (0.001, 0.01, 0.05)
 ACCEPTED_SPREADS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 FITS = {'equal': (1, 16), 'unequal': (4, 4)}  # samples: how many to a row of ours, and rows a step
@@ -148,6 +150,21 @@ def speculation(sides: Sides) -> Iterator[Row]:
         if sides.wanted(name) and (sides.full or sides.named):
             guides = {'unguided': UNGUIDED, 'draft of 1': Guide(spread=spread, draft=1)}
             yield _drafted(sides, name, {**shape, 'batch': 16, 'layers': 8, 'tokens': ROOM}, guides, repeats=1)
+
+
+def cutoff(sides: Sides) -> Iterator[Row]:
+    """Candidates down to a least probability: how much less there is to score, and what it changes of the law."""
+    name = 'cutoff/batch=1/value=8'
+    if sides.wanted(name) and (sides.full or sides.named):
+        shape = dict(batch=1, prompt=64, layers=8, dtype='float32', room=ROOM)
+        guides = {'unguided': UNGUIDED, 'guided': Guide(),
+                  **{cutoff_lib.label(each): Guide(epsilon_cutoff=each) for each in CUTOFFS}}
+        contenders = {label: Contender(sides.ours, 'decode', {**shape, 'tokens': ROOM, 'guide': guide.message()})
+                      for label, guide in guides.items()}
+        effect = sides.ours.call('cutoff', batch=16, prompt=64, layers=8, steps=ROOM, cutoffs=CUTOFFS,
+                                 guide=Guide(spared=False).message())
+        yield measure.result(name, {**shape, 'tokens': ROOM, 'candidates': Guide().candidates},
+                             measure.alternate(contenders, REPEATS), 'unguided', effect=effect)
 
 
 def _drafted(sides: Sides, name: str, shape: Row, guides: Mapping[str, Guide], repeats: int = REPEATS) -> Row:
@@ -311,7 +328,7 @@ def nucleus(sides: Sides) -> Iterator[Row]:
 def ledger(sides: Sides) -> Iterator[Row]:
     """What an answer and a right answer cost, by policy: a small run of the demo's task, from its results.jsonl.
 
-    At the paper's temperature and nucleus, and with one value network in both orders.
+    At the paper's temperature and nucleus, and with one value network in both orders and with a cut-off.
     """
     name = 'ledger/arithmetic'
     if not sides.wanted(name):
@@ -320,16 +337,18 @@ def ledger(sides: Sides) -> Iterator[Row]:
         'iterations': 1, 'collect.examples': 450, 'task.arithmetic.test_examples': 50, 'eval.select_split': '',
         'eval.reference_temperatures': '0.0', 'eval.methods': 'qsharp', 'sampling.temperature': 0.8,
         'sampling.top_p': 0.9, 'task.data_dir': sides.folder / 'data'}
-    fitted, rows = sides.folder / 'paper', []
-    for order in ('paper', 'after_sampler'):
-        workdir = sides.folder / order
-        there = {'guidance.order': order, 'value.run': fitted} if workdir != fitted else {}
+    fitted = sides.folder / 'paper'
+    rows: list[Row] = []
+    for order, cut in (('paper', 0.0), ('paper', CUTOFFS[1]), ('after_sampler', 0.0)):
+        own = f'{order}, {cutoff_lib.label(cut)}' if cut else order
+        workdir = sides.folder / own.replace(' ', '_')
+        there = {'guidance.order': order, 'guidance.epsilon_cutoff': cut, 'value.run': fitted} if rows else {}
         subprocess.run(
             [sys.executable, str(measure.ROOT / 'experiments' / 'train.py'), '--config=configs/arithmetic.py:tiny',
              f'--workdir={workdir}', *(f'--config.{key}={value}' for key, value in {**settings, **there}.items())],
             cwd=measure.ROOT, env=measure.environment(), check=True, stdout=subprocess.DEVNULL)
-        rows += [{**row, 'order': order} for row in read_rows(workdir / 'results.jsonl')
-                 if row['split'] == 'test' and (order == 'paper' or row['method'] == 'qsharp')]
+        rows += [{**row, 'order': own} for row in read_rows(workdir / 'results.jsonl')
+                 if row['split'] == 'test' and (workdir == fitted or row['method'] == 'qsharp')]
     yield {'name': name, 'policies': rows}
 
 
@@ -340,8 +359,8 @@ def growth(sides: Sides) -> Iterator[Row]:
 
 
 CASES: Mapping[str, Callable[[Sides], Iterator[Row]]] = {
-    'decode': decode, 'peer': peer, 'speculation': speculation, 'collect': collect, 'fit': fit, 'profile': profile,
-    'startup': startup, 'nucleus': nucleus, 'ledger': ledger, 'growth': growth}
+    'decode': decode, 'cutoff': cutoff, 'peer': peer, 'speculation': speculation, 'collect': collect, 'fit': fit,
+    'profile': profile, 'startup': startup, 'nucleus': nucleus, 'ledger': ledger, 'growth': growth}
 GOES_ON = 'peer', 'profile'  # with what the case before them has loaded and compiled
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from benchmarks import laws, profiles, workload
+from benchmarks import cutoff, laws, profiles, workload
+from benchmarks.laws import policy_of
 from benchmarks.workload import Guide
 from qsharp_jax import allocation, categorical, decoding, learner, ledger, references, rollout, sharding
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Rollout
@@ -27,7 +28,7 @@ from qsharp_jax.models import value as value_lib
 from qsharp_jax.models.pretrained import export
 from qsharp_jax.optimizers import OptimizerConfig
 from qsharp_jax.queue import Queue
-from qsharp_jax.types import Params, Policy, Reference
+from qsharp_jax.types import Params, Reference
 
 # Deviation of the random head's logits over the prompts: it guides by hundredths of a nat a token, as a fitted one.
 _SPREAD = 0.5
@@ -166,6 +167,14 @@ class Side:
                                  lambda number, _: jnp.asarray(tokens[:, number])))
         return str(path)
 
+    def cutoff(self, batch: int, prompt: int, layers: int, steps: int, cutoffs: Sequence[float],
+               guide: dict[str, Any]) -> dict[str, dict[str, float]]:
+        """Returns what each cut-off of the candidates changes, see `cutoff.effect`."""
+        asked = Guide.of(guide)
+        state = self._state(batch, prompt, layers, 'float32', steps, steps, asked)
+        reference, how, params, values = self._networks(layers, 'float32', asked)
+        return cutoff.effect(reference, how, cutoffs, params, values, policy_of(asked, batch), state, steps, _SEED)
+
     def first_token(self, prompts: int, samples: int, batch: int, layers: int,
                     guide: dict[str, Any]) -> dict[str, float]:
         """Times the first token of `samples` answers to each prompt, laid out by the project in `batch` rows.
@@ -270,7 +279,8 @@ class Side:
             return reference, decoding.Guidance(), params, None
         value = dataclasses.replace(value, ragged=value.ragged and guide.spared)
         how = decoding.Guidance(value=value, distribution=self._distribution, candidates=guide.candidates,
-                                outside=guide.outside, order=guide.order, offset=guide.offset, draft=guide.draft)
+                                epsilon_cutoff=guide.epsilon_cutoff, outside=guide.outside, order=guide.order,
+                                offset=guide.offset, draft=guide.draft)
         values = self._value(layers)[1]
         head = jax.tree.map(lambda kernel: guide.spread * kernel, values['head'])
         return reference, how, params, {**values, 'head': head}
@@ -343,7 +353,7 @@ class Side:
         follow = jax.jit(functools.partial(laws.follow, how))
         found = []
         for number in range(steps):
-            log_probs, *after = step(params, values, policy_of(guide, batch), state)
+            _, log_probs, *after = step(params, values, policy_of(guide, batch), state)
             state = follow(*after, choose(number, log_probs))
             found.append(np.asarray(log_probs))
         return np.stack(found)
@@ -380,14 +390,6 @@ class Side:
 
     def _count_compilation(self, event: str, duration_secs: float, **_: Any) -> None:
         self._compilations += event.endswith('/backend_compile_duration')
-
-
-def policy_of(guide: Guide, rows: int) -> Policy:
-    """Returns the policy of each row."""
-    return Policy(
-        eta=jnp.asarray(guide.eta_of_rows(rows)), temperature=jnp.full(rows, guide.temperature),
-        top_k=jnp.zeros(rows, jnp.int32), top_p=jnp.full(rows, guide.top_p),
-        reference_temperature=jnp.full(rows, guide.temperature))
 
 
 def _opinions(kernel: jax.Array, hidden: jax.Array) -> jax.Array:

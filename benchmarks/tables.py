@@ -8,7 +8,7 @@ from pathlib import Path
 import re
 from typing import Any
 
-from benchmarks import acceptance, growth, measure
+from benchmarks import acceptance, cutoff, growth, measure
 from qsharp_jax.report import tables as report
 
 Row = Mapping[str, Any]
@@ -129,6 +129,11 @@ def speculation_table(rows: Sequence[Row]) -> str:
     return '\n'.join([*(_markdown(lines) for lines in (timed, taken) if len(lines) > 1), *figure])
 
 
+def cutoff_table(rows: Sequence[Row]) -> str:
+    """Returns what cut-offs spare, and how far they move the law."""
+    return _markdown(cutoff.lines(rows))
+
+
 def _is_acceptance(row: Row) -> bool:
     return '/acceptance/' in row['name']
 
@@ -226,9 +231,9 @@ def ledger_table(rows: Sequence[Row]) -> str:
 
 
 TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
-    'decode': decode_table, 'speculation': speculation_table, 'peer': peer_table, 'collect': collect_table,
-    'fit': fit_table, 'profile': profile_table, 'startup': startup_table, 'nucleus': nucleus_table,
-    'ledger': ledger_table, 'growth': growth.table}
+    'decode': decode_table, 'cutoff': cutoff_table, 'speculation': speculation_table, 'peer': peer_table,
+    'collect': collect_table, 'fit': fit_table, 'profile': profile_table, 'startup': startup_table,
+    'nucleus': nucleus_table, 'ledger': ledger_table, 'growth': growth.table}
 
 
 def _sides(rows: Sequence[Row]) -> list[str]:

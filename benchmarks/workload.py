@@ -34,6 +34,7 @@ class Guide:
       offset: 'qsharp' or 'cd', likewise.
       outside: likewise; 'zero' is the official code's for this kind of head.
       candidates: likewise.
+      epsilon_cutoff: likewise.
       draft: likewise.
       spared: whether our value passes leave out what cannot matter (`types.Value.ragged`).
       spread: of our value network's opinions, as a multiple of what they are in all other measurements.
@@ -46,6 +47,7 @@ class Guide:
     offset: str = 'qsharp'
     outside: str = 'zero'
     candidates: int = 20
+    epsilon_cutoff: float = 0.0
     draft: int = 0
     spared: bool = True
     spread: float = 1.0

@@ -160,6 +160,9 @@ def _single(keys: Mapping[str, Any]) -> Iterator[str]:
     for key, least in _AT_LEAST.items():
         if not least <= keys[key] < math.inf:
             yield f'config.{key} is {keys[key]:g}; it must be {least} or more.'
+    if not 0 <= keys['guidance.epsilon_cutoff'] < 1:
+        yield (f'config.guidance.epsilon_cutoff is {keys["guidance.epsilon_cutoff"]:g}; it is a probability, '
+               'at least 0 (no cut-off) and below 1.')
     if not 0 < keys['sampling.top_p'] <= 1:
         yield f'config.sampling.top_p is {keys["sampling.top_p"]:g}; it must be above 0 and at most 1 (1 keeps all).'
     for key in ('task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share', 'fit.end_share',
@@ -193,6 +196,10 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     elif keys['guidance.outside'] == 'zero' and keys['value.v_min'] < 0:
         yield (f"config.guidance.outside is 'zero', which needs rewards of at least 0, and config.value.v_min is "
                f"{keys['value.v_min']:g}: choose 'mean', 'min', 'remove' or 'soft_bellman', or shift the reward.")
+    if keys['guidance.epsilon_cutoff'] and keys['guidance.order'] == 'after_sampler':
+        yield (f"config.guidance.epsilon_cutoff is {keys['guidance.epsilon_cutoff']:g}, and config.guidance.order is "
+               "'after_sampler', in which every token that the sampler leaves is a candidate: cut with "
+               'config.sampling.top_p, or set it to 0.')
     if (keys['value.init'] in ('reference', 'pretrained')) != (keys['value.layers'] == 0):
         yield (f"config.value.init is {keys['value.init']!r} and config.value.layers is {keys['value.layers']}: "
                "'reference' and 'pretrained' copy every layer and take 0; 'truncate' and 'scratch' need a number of "

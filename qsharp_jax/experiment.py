@@ -84,7 +84,8 @@ class Experiment:
         offset, outside = ('cd', 'average') if method == 'vas' else (method, guidance.outside)
         return decoding.Guidance(
             value=self.value, distribution=self.distribution, candidates=guidance.candidates,
-            outside=outside, order=guidance.order, offset=offset, draft=guidance.draft)
+            epsilon_cutoff=guidance.epsilon_cutoff, outside=outside, order=guidance.order, offset=offset,
+            draft=guidance.draft)
 
     def policies(self, eta: Sequence[float], temperature: Sequence[float]) -> Policy:
         """Returns policies, on the host, with the sampler's top-k and top-p.  # [M], [M] -> [M] each

@@ -139,6 +139,8 @@ def test_wrong_types_are_refused_in_words(key: str, text: str) -> None:
     ({'task.name': 'star_graph', 'task.star_graph.degree': '20'}, 'has 81 nodes'),
     ({'task.template': 'no place'}, "must have '{question}'"),
     ({'reward': ''}, 'config.reward is empty'),
+    ({'guidance.epsilon_cutoff': '1.5'}, 'config.guidance.epsilon_cutoff is 1.5; it is a probability'),
+    ({'guidance.epsilon_cutoff': '0.01', 'guidance.order': 'after_sampler'}, 'every token that the sampler leaves'),
     ({'iterations': '0'}, 'config.iterations is 0; it must be 1 or more'),
 ])
 def test_values_out_of_range_are_refused(overrides: dict[str, str], words: str) -> None:
@@ -159,8 +161,9 @@ def test_every_number_has_a_range_and_every_rule_a_key() -> None:
     ranged = {*config_rules.CHOICES, *config_rules._ITEM_CHOICES, *config_rules._ABOVE_ZERO, *config_rules._AT_LEAST}
     assert ranged <= set(keys)
     by_hand = {'seed', 'task.arithmetic.seed', 'task.star_graph.seed', 'eta', 'collect.eta', 'sampling.top_p',
-               'task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share', 'fit.heldout_fraction',
-               'fit.end_share', 'reference.pretrain.end_share', 'baselines.end_share', 'baselines.warmup_share',
+               'guidance.epsilon_cutoff', 'task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share',
+               'fit.heldout_fraction', 'fit.end_share', 'reference.pretrain.end_share', 'baselines.end_share',
+               'baselines.warmup_share',
                *(f'task.{task}.validation_share' for task in ('gsm8k', 'math', 'quality', 'jsonl')),
                'value.v_min', 'value.v_max', 'mesh.data', 'mesh.fsdp', 'mesh.tensor'}
     numbers = {key for key, value in keys.items() if type(value) in (int, float)}

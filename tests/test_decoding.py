@@ -109,12 +109,12 @@ class Drawn:
 
 
 @functools.cache
-def drawn(order, temperature, top_p, candidates, reference_temperature, draft=0):
+def drawn(order, temperature, top_p, candidates, reference_temperature, draft=0, epsilon_cutoff=0.0):
     tree = TREE
     distribution = categorical.make('categorical', -0.5, 1.0, 4)
     sampler = tree.reference(temperature, top_p=top_p)
     law = tree.return_law(sampler)
-    how = decoding.Guidance(TREE_VALUE, distribution, candidates, order=order, draft=draft)
+    how = decoding.Guidance(TREE_VALUE, distribution, candidates, epsilon_cutoff, 'zero', order, draft=draft)
     prompt = np.arange(DRAWS) % 2
     state = write(how, policy_of(np.full(DRAWS, ETA), temperature, 0, top_p, reference_temperature), prompt,
                   np.arange(DRAWS) // 2, tree.horizon, prompts=tree.prompts, eos=tree.eos, reference=TREE_REFERENCE,
@@ -124,13 +124,15 @@ def drawn(order, temperature, top_p, candidates, reference_temperature, draft=0)
     else:
         weight = law @ np.exp(tree.support / ETA)
         log_weight = np.log(weight, where=weight > 0, out=np.zeros_like(weight))
-        policy = tabular.sampler_probs(tree.logits + tree.children(log_weight), temperature, 0, top_p)
+        likely = tree.reference(temperature) >= epsilon_cutoff
+        offset = np.where(likely, tree.children(log_weight), 0.0)  # of others as the rule `zero` has it
+        policy = tabular.sampler_probs(tree.logits + offset, temperature, 0, top_p)
     return Drawn(policy, tree.reference(reference_temperature), temperature, prompt, state)
 
 
 SETTINGS = pytest.mark.parametrize('setting', (
     ('paper', 1.0, 1.0, 3, 1.0), ('paper', 0.8, 0.9, 3, 1.0), ('after_sampler', 0.8, 0.9, 1, 0.8),
-    ('paper', 0.8, 0.9, 3, 1.0, 2)))
+    ('paper', 0.8, 0.9, 3, 1.0, 2), ('paper', 1.0, 1.0, 3, 1.0, 0, 0.2), ('paper', 0.8, 0.9, 3, 1.0, 1, 0.25)))
 
 
 def chance(answered, prompts, policy):
@@ -156,10 +158,10 @@ def test_answers_follow_the_tilted_law(setting):
     found = drawn(*setting)
     answered = answers(found.state)
     assert chance(answered, found.prompt, found.policy) > 1e-3
-    # The test can tell laws apart: the reference, and guidance a little weaker.
+    # The test can tell laws apart: the reference, guidance a little weaker, and without a cut-off.
     reference = TREE.reference(found.temperature, top_p=setting[2])
     weaker = TREE.optimal_policy(1.5 * ETA, reference)
-    for wrong in (reference, weaker):
+    for wrong in (reference, weaker, *([drawn(*setting[:6]).policy] if setting[6:] else [])):
         assert chance(answered, found.prompt, wrong) < 1e-6
     if setting[0] == 'after_sampler':  # several chunks are needed: one candidate is not the support
         assert ((found.policy[:, TREE.open] > 0).sum(-1) > 1).any()
@@ -216,20 +218,21 @@ def test_values_are_the_expected_returns_of_chosen_tokens(how, ragged):
 QUICK = ('paper', 'zero'), ('paper', 'mean'), ('paper', 'soft_bellman'), ('after_sampler', 'mean')
 
 
-@pytest.mark.parametrize('order, outside', [
-    pytest.param(order, outside, marks=() if (order, outside) in QUICK else pytest.mark.slow)
-    for order in guidance.ORDERS for outside in guidance.OUTSIDE])
-def test_what_is_spared_changes_no_answer(order, outside):
+@pytest.mark.parametrize('order, outside, cutoff', [
+    *(pytest.param(order, outside, 0.0, marks=() if (order, outside) in QUICK else pytest.mark.slow)
+      for order in guidance.ORDERS for outside in guidance.OUTSIDE),
+    ('paper', 'zero', 0.05), ('paper', 'mean', 0.1)])
+def test_what_is_spared_changes_no_answer(order, outside, cutoff):
     """Rows without a choice, tokens that are cut whatever they weigh, chosen tokens that wait: the same answers."""
     policy = policy_of(np.tile([1.0, 2.0, 8.0, np.inf], 3), np.repeat([0.3, 0.6, 0.0], 4), top_p=np.tile([0.5, 0.8], 6))
-    how = decoding.Guidance(VALUE, BERNOULLI, candidates=6, order=order, outside=outside)
+    how = decoding.Guidance(VALUE, BERNOULLI, 6, cutoff, outside, order)
     plain = dataclasses.replace(how, value=dataclasses.replace(VALUE, ragged=False, keep=None))
     read_again = dataclasses.replace(how, value=dataclasses.replace(VALUE, keep=None))
     spared, again, whole = (write(each, policy, ROWS, SAMPLES) for each in (how, read_again, plain))
     for other in (spared, again):
         assert answers(other) == answers(whole)
         np.testing.assert_allclose(other.kl, whole.kl, rtol=1e-5, atol=1e-6)
-    most = 1.0 if (order, outside) == ('paper', 'soft_bellman') else 0.9
+    most = 1.0 if cutoff or (order, outside) == ('paper', 'soft_bellman') else 0.9
     for fewer, more, share in ((spared, again, 0.95), (again, whole, most)):
         assert np.all(np.asarray(fewer.value_tokens) <= np.asarray(more.value_tokens))
         assert np.sum(fewer.value_tokens) < share * np.sum(more.value_tokens)

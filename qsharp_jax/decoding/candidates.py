@@ -27,6 +27,8 @@ class Guidance:
       value: the network, or None for the plain reference.
       distribution: how its scores are read.
       candidates: tokens scored per law and pass.
+      epsilon_cutoff: probability under the reference, at the sampler's temperature, below which a token is no
+        candidate in the paper's order, but for the most probable one.
       outside: rule for tokens that are not scored (`guidance.OUTSIDE`).
       order: 'paper' (guide, then temperature, top-k, top-p) or 'after_sampler' (guide the truncated sampler).
       offset: 'qsharp', 'cd' or 'fudge'.
@@ -36,6 +38,7 @@ class Guidance:
     value: Value | None = None
     distribution: ReturnDistribution | None = None
     candidates: int = 20
+    epsilon_cutoff: float = 0.0
     outside: str = 'mean'
     order: str = 'paper'
     offset: str = 'qsharp'
@@ -128,11 +131,12 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
     """Returns the log-weights of every token that the guided laws need, and the state with what was computed for them;
     and the candidates that were read for them, where the chosen one may be kept.
 
-    In the paper's order these are the `candidates` most probable tokens under the reference; in the other order they
-    are the sampler's whole support, in as many passes as its largest nucleus needs, never cut. Where less work takes
-    less time (`Value.ragged`), tokens that cannot matter are left out: those of rows that are finished or at eta = inf,
-    of a nucleus of one token, and candidates that are cut whatever they weigh (`guidance.is_open`). Tokens chosen
-    meanwhile wait until a value is needed; one that was a candidate itself has been read.
+    In the paper's order these are the `candidates` most probable tokens under the reference, down to
+    `how.epsilon_cutoff`; in the other order they are the sampler's whole support, in as many passes as its largest
+    nucleus needs, never cut. Where less work takes less time (`Value.ragged`), tokens that cannot matter are left out:
+    those of rows that are finished or at eta = inf, of a nucleus of one token, and candidates that are cut whatever
+    they weigh (`guidance.is_open`). Tokens chosen meanwhile wait until a value is needed; one that was a candidate
+    itself has been read.
 
     Args:
       how: the guidance.
@@ -162,11 +166,11 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
         weighing=weighing)
     if how.order == 'paper':
         ids = guidance.top_candidates(logits, count)
-        possible = jnp.take_along_axis(logits, ids, axis=1) > -jnp.inf
+        possible = guidance.are_candidates(logits, ids, each, how.epsilon_cutoff)
         wanted = first = possible & guided[:, None]
         if sparing:
             low, high = distribution.log_weight_range(each.eta, how.offset)
-            still_open = _openness(how, each, logits, weighing, ids, low, high)
+            still_open = _openness(how, each, logits, weighing, ids, possible, low, high)
             known = ahead.spread(state.log_weight)
             expected = jnp.where(jnp.isnan(known), high - _UNKNOWN, known)
             first &= jnp.arange(count)[None] < _enough(still_open, expected, ids.shape)[:, None]
@@ -322,17 +326,20 @@ def _next_candidates(weighing: Array, needed: Array, count: int) -> tuple[Array,
     return ids, jnp.take_along_axis(left, ids, axis=1) > -jnp.inf
 
 
-def _openness(how: Guidance, policy: Policy, logits: Array, weighing: Array | None, ids: Array, low: Array,
-              high: Array) -> Callable[[Array, Array], Array]:
-    """Returns which places need more of the candidates `ids` [N, C], given the weights of those scored; paper's order.
+def _openness(how: Guidance, policy: Policy, logits: Array, weighing: Array | None, ids: Array, possible: Array,
+              low: Array, high: Array) -> Callable[[Array, Array], Array]:
+    """Returns which places need more of the candidates, given the weights of those scored; paper's order.
+
+    The candidates are those of `ids` [N, C] that are `possible`.
 
     # [N, C] x 2 -> [N]
     """
     rows = jnp.arange(ids.shape[0])[:, None]
     temperature = jnp.where(policy.temperature > 0, policy.temperature, 1.0)[:, None]
-    others = jax.nn.logsumexp(logits.at[rows, ids].set(-jnp.inf) / temperature, axis=-1)
-    own = logits[rows, ids]
-    weights = own if weighing is None else weighing[rows, ids]
+    removed = jnp.where(possible, ids, logits.shape[1])
+    others = jax.nn.logsumexp(logits.at[rows, removed].set(-jnp.inf, mode='drop') / temperature, axis=-1)
+    own, weights = (jnp.where(possible, numbers[rows, ids], -jnp.inf)
+                    for numbers in (logits, logits if weighing is None else weighing))
 
     def still_open(log_weight: Array, scored: Array) -> Array:
         return guidance.is_open(own, weights, others, log_weight, scored, low, high, policy, how.outside)

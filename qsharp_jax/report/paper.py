@@ -19,7 +19,7 @@ TASKS = {'gsm8k': 'GSM8K', 'math500': 'MATH', 'aime24': 'AIME 2024', 'quality': 
 QUESTIONS = {'gsm8k': 1319, 'math500': 500, 'aime24': 30}  # of the test sets; that of QuALITY is not told
 # Of sampling and evaluation, in all tables (section 3.2, appendix D).
 SETTINGS = {'sampling.temperature': 0.8, 'sampling.top_p': 0.9, 'sampling.max_new_tokens': 1024, 'eval.samples': 8,
-            'guidance.candidates': 20, 'guidance.outside': 'zero'}
+            'guidance.candidates': 20, 'guidance.epsilon_cutoff': 0.0, 'guidance.outside': 'zero'}
 ETA = 0.1
 
 
