@@ -330,26 +330,35 @@ def ledger(sides: Sides) -> Iterator[Row]:
 
     At the paper's temperature and nucleus, and with one value network in both orders and with a cut-off.
     """
-    name = 'ledger/arithmetic'
-    if not sides.wanted(name):
-        return
-    settings = {
+    if sides.wanted('ledger/arithmetic'):
+        fitted, other = _arithmetic(sides), _arithmetic(sides, {'guidance.order': 'after_sampler'})
+        yield {'name': 'ledger/arithmetic', 'policies': [
+            *({**row, 'order': 'paper'} for row in fitted),
+            *({**row, 'order': 'after_sampler'} for row in other if row['method'] == 'qsharp')]}
+    if sides.wanted('ledger/cutoff') and (sides.full or sides.named):
+        rows = _arithmetic(sides, {'guidance.epsilon_cutoff': CUTOFFS[1]})
+        yield {'name': 'ledger/cutoff', 'policies': [
+            {**row, 'order': f'paper, {cutoff_lib.label(CUTOFFS[1])}'} for row in rows if row['method'] == 'qsharp']}
+
+
+def _arithmetic(sides: Sides, law: Mapping[str, Any] | None = None) -> list[Row]:
+    """Returns the rows on test questions of a run of its own, or of its value network guiding by another law."""
+    fitted = sides.folder / 'fitted'
+    settings: dict[str, Any] = {
         'iterations': 1, 'collect.examples': 450, 'task.arithmetic.test_examples': 50, 'eval.select_split': '',
         'eval.reference_temperatures': '0.0', 'eval.methods': 'qsharp', 'sampling.temperature': 0.8,
         'sampling.top_p': 0.9, 'task.data_dir': sides.folder / 'data'}
-    fitted = sides.folder / 'paper'
-    rows: list[Row] = []
-    for order, cut in (('paper', 0.0), ('paper', CUTOFFS[1]), ('after_sampler', 0.0)):
-        own = f'{order}, {cutoff_lib.label(cut)}' if cut else order
-        workdir = sides.folder / own.replace(' ', '_')
-        there = {'guidance.order': order, 'guidance.epsilon_cutoff': cut, 'value.run': fitted} if rows else {}
-        subprocess.run(
-            [sys.executable, str(measure.ROOT / 'experiments' / 'train.py'), '--config=configs/arithmetic.py:tiny',
-             f'--workdir={workdir}', *(f'--config.{key}={value}' for key, value in {**settings, **there}.items())],
-            cwd=measure.ROOT, env=measure.environment(), check=True, stdout=subprocess.DEVNULL)
-        rows += [{**row, 'order': own} for row in read_rows(workdir / 'results.jsonl')
-                 if row['split'] == 'test' and (workdir == fitted or row['method'] == 'qsharp')]
-    yield {'name': name, 'policies': rows}
+    workdir = fitted
+    if law:
+        if not fitted.exists():
+            _arithmetic(sides)
+        workdir = sides.folder / '_'.join(map(str, law.values()))
+        settings.update({**law, 'value.run': fitted})
+    subprocess.run(
+        [sys.executable, str(measure.ROOT / 'experiments' / 'train.py'), '--config=configs/arithmetic.py:tiny',
+         f'--workdir={workdir}', *(f'--config.{key}={value}' for key, value in settings.items())],
+        cwd=measure.ROOT, env=measure.environment(), check=True, stdout=subprocess.DEVNULL)
+    return [row for row in read_rows(workdir / 'results.jsonl') if row['split'] == 'test']
 
 
 def growth(sides: Sides) -> Iterator[Row]:
