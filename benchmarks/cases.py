@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 import subprocess
@@ -265,11 +266,13 @@ def _prepare_fit(sides: Sides, samples: str) -> dict[str, Row]:
 
 def profile(sides: Sides) -> Iterator[Row]:
     """Where the time of a step of decoding and of an update goes, on either side, by its own profiler."""
-    for label in ('unguided', 'guided', 'after_sampler'):
-        name = f'profile/decode/batch=16/{label}'
-        if sides.wanted(name) and (sides.full or sides.named or label != 'unguided'):
-            tokens = new_tokens(16)
-            asked = dict(batch=16, prompt=64, layers=8, dtype='float32', tokens=tokens, guide=GUIDES[label].message())
+    more = sides.full or sides.named
+    for batch, label in itertools.product((16, 1), ('unguided', 'guided', 'after_sampler')):
+        name = f'profile/decode/batch={batch}/{label}'
+        if sides.wanted(name) and (more or batch == 16 and label != 'unguided'):
+            tokens = new_tokens(batch)
+            asked = dict(batch=batch, prompt=64, layers=8, dtype='float32', tokens=tokens,
+                         guide=GUIDES[label].message())
             yield _profiled(name, asked, sides.ours.call('profile_decode', **asked, room=ROOM),
                             sides.peer().call('profile_decode', **asked), tokens)
     name = 'profile/fit/equal'
