@@ -44,6 +44,7 @@ def task() -> ml_collections.ConfigDict:
     config.template = '{question}'
     config.prefix = ''  # text before the template, such as solved examples
     config.chat = False  # True: prefix and template become one user turn of the tokenizer's chat template
+    config.system = ''  # text of a system turn before it; '': what the chat template says by itself, if anything
     config.stop = ('\n',)  # texts that end an answer beside the tokenizer's own end; each must be a single token
     config.data_dir = 'data'  # directory of the prepared task data, made on first use
     config.max_prompt_tokens = 256  # tokens; longer prompts are dropped and counted, never cut

@@ -20,7 +20,13 @@ from configs import reasoning
 
 def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
     """The configuration of one size."""
-    config = reasoning.get_config(size, max_prompt_tokens=10240)
+    # Of the articles on a machine without accelerators those that its memory has room for; others are counted.
+    config = reasoning.get_config(size, max_prompt_tokens=10240 if size == 'paper' else 6144)
     config.task.name = 'quality'
     config.reward = 'multiple_choice'
+    if size != 'paper':
+        config.collect.batch_rows = 8
+        config.eval.batch_rows = 8
+        config.fit.batch_size = 1
+        config.fit.samples_per_row = 4
     return config

@@ -100,7 +100,6 @@ def get_config(size: str, max_prompt_tokens: int) -> ml_collections.ConfigDict:
         # The paper does not say how the eta of CD was chosen; here both are chosen on the validation split.
         config.eval.etas = (0.05, 0.1, 0.2, 0.5, 1.0)
         config.eval.every_eta = False
-        config.eval.select_examples = 200
         config.eval.reference_temperatures = (0.0,)
     else:
         raise ValueError(f'there is no size {size!r}; the sizes are tiny, small and paper.')

@@ -248,6 +248,9 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     if heads > 0 and width % (2 * heads):
         yield (f'config.reference.transformer.width is {width}; it must be a multiple of twice the heads, which are '
                f'{heads}.')
+    if keys['task.system'] and not keys['task.chat']:
+        yield ("config.task.system is a text, and config.task.chat is False: a system turn is part of a chat. Set chat "
+               "to True, or put the text into config.task.prefix.")
     if keys['task.name'] == 'jsonl' and not keys['task.jsonl.train']:
         yield "config.task.jsonl.train is empty, and config.task.name is 'jsonl': name a JSON Lines file of questions."
     if keys['task.name'] == 'star_graph':

@@ -65,6 +65,25 @@ class Bounds:
     disk: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """How many answers a run draws and learns from, from its start.
+
+    Attributes:
+      once: that an iteration collects.
+      collected: in all iterations.
+      fitted: that a value network is fitted to, summed over fits; each fit has all of D.
+      guided: to evaluate, drawn with a value network.
+      unguided: likewise, without.
+    """
+
+    once: int
+    collected: int
+    fitted: int
+    guided: int
+    unguided: int
+
+
 def of_run(config: ml_collections.ConfigDict, workdir: Path, rate: float | None, shares: bool) -> list[str]:
     """Returns sentences on answers, FLOPs, time and disk of a run, from its start.
 
@@ -104,37 +123,23 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
       ValueError: its models are neither here nor of a known shape.
     """
     parts = _outline(config, workdir)
-    plan, longest = results.plan_of(config), config.sampling.max_new_tokens
+    longest, fits_here = config.sampling.max_new_tokens, not config.value.run
     _, prompts, width = describe.training_prompts(parts)
-    fits_here = not config.value.run
+    drawn, asked = answers(parts), _asked(parts)
+    collected = drawn.collected - shares * drawn.once
+    own_cd, on_pairs = _own_cd(config), _on_pairs(config)
     questions = config.collect.examples or prompts
-    once = fits_here * questions * config.collect.samples  # answers of one iteration
-    collected = (config.iterations - shares) * once
-    own_cd = config.eval.cd_network == 'own' and fits_here
-    on_pairs = config.baselines.value_on_pairs and fits_here
-    fitted = (sum(range(1, config.iterations + 1)) + own_cd) * once + 2 * on_pairs * questions  # each has all of D
-    answers = {split: plan.samples * _examples(parts, plan, split) for split in plan.splits}
-    guided = unguided = 0
-    for iteration in range(config.iterations + 1):
-        # Those of the first iteration's network are evaluated with the one on pairs, too.
-        for group in results.policies(plan, iteration) * (2 if on_pairs and iteration == 1 else 1):
-            if group[0].guided:
-                guided += sum(number * (len(group) if split in plan.sweep_splits else 1)
-                              for split, number in answers.items())
-            else:
-                unguided += len(group) * sum(answers.values())
-    evaluated = guided + (0 if shares else unguided)
-    beside = baseline_estimates.count(config, questions, answers) if fits_here else baseline_estimates.Trained()
-    evaluated += beside.evaluated
+    beside = baseline_estimates.count(config, questions, asked) if fits_here else baseline_estimates.Trained()
+    evaluated = drawn.guided + (0 if shares else drawn.unguided) + beside.evaluated
     reference = ledger.reference_cost(parts.reference_config)
     value = ledger.value_cost(parts.value_shape, parts.value_config, config.guidance.candidates)
     keys = width + longest / 2
     of_reference, of_value = float(reference.flops(1, keys, 1)), float(value.flops(1, keys, 1))
     # Roll-in and roll-out may both be as long as an answer may be; the first iteration's roll-ins are not guided.
     written = (2 * collected + evaluated) * longest
-    by_value = (guided + (config.iterations - 1) * once) * longest * (1 + config.guidance.candidates)
+    by_value = (drawn.guided + drawn.collected - drawn.once) * longest * (1 + config.guidance.candidates)
     rates = len(config.fit.learning_rate_factors)
-    read = rates * fitted * (width + longest) * config.fit.epochs
+    read = rates * drawn.fitted * (width + longest) * config.fit.epochs
     # Each group of answers has its prompt once, and a prompt is prefilled once for all of its answers, at most.
     prefilled = (collected + evaluated) * width
     pretrained = config.reference.source == 'pretrain'
@@ -149,6 +154,42 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
     stored = 8 * (collected + 2 * beside.pairs) + _TOKEN_BYTES * evaluated  # bytes by token of an answer
     return Bounds(collected, beside.drawn, beside.pairs, evaluated, flops, networks * weights,
                   (1 + rates * unfinished) * networks * weights + (1 + unfinished) * decoders + stored * longest)
+
+
+def answers(parts: experiment.Experiment) -> Answers:
+    """Returns how many answers a run draws by itself, without those that other methods are trained and evaluated with.
+
+    Args:
+      parts: an outline.
+    """
+    config, plan = parts.config, results.plan_of(parts.config)
+    questions = config.collect.examples or describe.training_prompts(parts)[1]
+    once = 0 if config.value.run else questions * config.collect.samples
+    fitted = (sum(range(1, config.iterations + 1)) + _own_cd(config)) * once + 2 * _on_pairs(config) * questions
+    guided = unguided = 0
+    for iteration in range(config.iterations + 1):
+        # Those of the first iteration's network are evaluated with the one on pairs, too.
+        for group in results.policies(plan, iteration) * (2 if _on_pairs(config) and iteration == 1 else 1):
+            if group[0].guided:
+                guided += sum(number * (len(group) if split in plan.sweep_splits else 1)
+                              for split, number in _asked(parts).items())
+            else:
+                unguided += len(group) * sum(_asked(parts).values())
+    return Answers(once, config.iterations * once, fitted, guided, unguided)
+
+
+def _asked(parts: experiment.Experiment) -> dict[str, int]:
+    """Returns how many answers a policy gives on each split."""
+    plan = results.plan_of(parts.config)
+    return {split: plan.samples * _examples(parts, plan, split) for split in plan.splits}
+
+
+def _own_cd(config: ml_collections.ConfigDict) -> bool:
+    return bool(config.eval.cd_network == 'own' and not config.value.run)
+
+
+def _on_pairs(config: ml_collections.ConfigDict) -> bool:
+    return bool(config.baselines.value_on_pairs and not config.value.run)
 
 
 def _outline(config: ml_collections.ConfigDict, workdir: Path) -> experiment.Experiment:

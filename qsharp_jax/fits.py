@@ -1,14 +1,14 @@
 """Does a run fit TPUs that are not there, and how fast could it be: its programs compiled for them, in numbers."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import math
 
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import describe, programs, queue, sharding, units
+from qsharp_jax import describe, estimates, programs, queue, sharding, units
 from qsharp_jax.data import packing
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.models import value as value_lib
@@ -19,6 +19,7 @@ _GIBI = 2 ** 30
 _NAME = 44  # characters of what a line is about
 _COLUMNS = ('arguments', 'of it caches', 'temporaries', 'new outputs', 'outputs in place', 'at most', 'compiled in')
 _ATTEMPTS = 4  # programs compiled in search of the largest batch
+_STEP, _ALONE, _FIT = 'decode step', 'decode step by the reference alone', 'fit step'
 _RESERVED = 2 ** 28  # bytes that the compiler keeps of each device's memory; one that does not fit says it exactly
 
 
@@ -66,16 +67,16 @@ def report(parts: Experiment, topology: Topology) -> Iterator[str]:
         yield _row(f'refill, {queue.turnover(sizes.rows)} rows', first.refill, first.caches)
         yield _row(name, first.advance, first.caches)
         work += [('prefill', first.prefill.program.run(), first.prefill, first.prefill.memory.outputs),
-                 ('decode step', first.advance.program.step(), first.advance, 0)]
+                 (_STEP, first.advance.program.step(), first.advance, 0)]
         alone = programs.decoding_programs(parts, sizes, guided=False)
         yield _row('the same by the reference alone', alone.advance, alone.caches)
-        work.append(('decode step by the reference alone', alone.advance.program.step(), alone.advance, 0))
+        work.append((_ALONE, alone.advance.program.step(), alone.advance, 0))
     name = f'fit, {sizes.fit_rows} rows x {sizes.fit_length} tokens in {sizes.accumulate} part(s)'
     try:
         fitted = programs.compile_(lambda: programs.update(parts, sizes))
         yield _row(name, fitted, 0)
         yield f'  the frozen reference is held beside it: at most {(fitted.memory.peak + held) / _GIBI:.2f}'
-        work.append(('fit step', fitted.program.run(), fitted, fitted.memory.outputs))
+        work.append((_FIT, fitted.program.run(), fitted, fitted.memory.outputs))
     except TooLarge as error:
         yield _refused(name, error)
     for method in parts.config.baselines.methods:
@@ -88,16 +89,47 @@ def report(parts: Experiment, topology: Topology) -> Iterator[str]:
             yield _refused(name, error)
     yield (f'\n{"work of a device":<{_NAME}}     TFLOP  of it again  GB it must move  GB it moves  GB by XLA\'s count  '
            'at least')
+    seconds = {}
     for name, run, compiled, new in work:
         least, reason = least_seconds(run.flops, run.bytes, topology)
+        seconds[name] = least
         used = (run.flops - run.again) / least / topology.flops
         counted = (compiled.executable.cost_analysis() or {})['bytes accessed']
         yield (f'{name:<{_NAME}} {run.flops / 1e12:9.4f}  {run.again / 1e12:11.4f}  '
                f'{(compiled.memory.arguments + new) / 1e9:15.2f}  {run.bytes / 1e9:11.2f}  {counted / 1e9:17.2f}  '
                f'{1e3 * least:.2f} ms, by {reason}: {used:.0%} of the peak')
+    if {_STEP, _ALONE, _FIT} <= seconds.keys():
+        yield f'\n{hours(parts, sizes, seconds)}'
     best = largest_batch(parts, sizes, memory - _RESERVED, first)
     yield (f'\nlargest batch: {best} rows decoded at once compiled within memory' if best else
            '\nno batch that was tried fits: take more devices, or split the parameters over more of them.')
+
+
+def hours(parts: Experiment, sizes: Sizes, seconds: Mapping[str, float]) -> str:
+    """Returns a sentence on the hours of a whole run of Q# and CD, from the least times of its programs.
+
+    Every answer is counted as long as it may be, every row as at work all the time, and every gradient step at its
+    largest. Prefills are left out, and so are grading, compiling and what passes between host and devices.
+
+    Args:
+      parts: an outline.
+      sizes: of its programs.
+      seconds: of each, at least.
+    """
+    config, drawn = parts.config, estimates.answers(parts)
+    longest = config.sampling.max_new_tokens
+    # A roll-in is cut in its middle, on average; then a roll-out has what is left, or a length of its own.
+    again = 1.0 if config.collect.budget == 'fresh' else 0.5
+    tokens = longest * (1 + again if config.collect.cut == 'uniform' else 1)
+    later = drawn.collected - drawn.once
+    collecting = (drawn.once * seconds[_ALONE] + later * seconds[_STEP]) * tokens / sizes.rows
+    evaluating = (drawn.unguided * seconds[_ALONE] + drawn.guided * seconds[_STEP]) * longest / sizes.rows
+    steps = (drawn.fitted * config.fit.epochs * len(config.fit.learning_rate_factors)
+             / (config.fit.batch_size * config.fit.samples_per_row))
+    phases = {'collecting': collecting, 'fitting': steps * seconds[_FIT], 'evaluating': evaluating}
+    return ('hours of the whole run at these times, were all answers as long as they may be: '
+            + ', '.join(f'{name} {each / 3600:.1f}' for name, each in phases.items())
+            + f'; together {sum(phases.values()) / 3600:.1f}. Decoding shorter answers takes as much less.')
 
 
 def sizes_of(parts: Experiment) -> Sizes:

@@ -39,7 +39,7 @@ def run(workdir: Path, questions: Sequence[str], eta: float | None = None, itera
     records = [{'id': number, 'question': question} for number, question in enumerate(questions)]
     prompts = prompts_lib.from_records(
         records, parts.tokenizer, template='{question}' if raw else task.template, prefix='' if raw else task.prefix,
-        chat=task.chat and not raw, max_prompt_tokens=task.max_prompt_tokens)
+        chat=task.chat and not raw, max_prompt_tokens=task.max_prompt_tokens, system=task.system)
     if prompts.too_long:
         raise ValueError(f'the prompt {questions[prompts.too_long[0]]!r} has more than task.max_prompt_tokens = '
                          f'{task.max_prompt_tokens} tokens: shorten it.')

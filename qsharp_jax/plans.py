@@ -24,6 +24,7 @@ class Job:
       shares: name of a job with the same roll-outs, from which those of the first iterations are taken; '' for none.
       guided_by: name of a job whose value network guides here; '' for its own.
       other_policy: whether its reference is the policy that the command line names (`--policy`).
+      suits: keys of the slice that its pair of models was compiled for (docs/scaling.md), for a command line to change.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Job:
     shares: str = ''
     guided_by: str = ''
     other_policy: bool = False
+    suits: Keys = dataclasses.field(default_factory=dict)
 
 
 _L31_8B = {'reference.source': 'hf:meta-llama/Llama-3.1-8B-Instruct'}
@@ -39,6 +41,9 @@ _L3_70B = {'reference.source': 'hf:meta-llama/Meta-Llama-3-70B-Instruct'}
 _L31_70B = {'reference.source': 'hf:meta-llama/Llama-3.1-70B-Instruct'}
 _3B = {'value.source': 'hf:meta-llama/Llama-3.2-3B-Instruct'}
 _QWEN = {'reference.source': 'hf:Qwen/Qwen2.5-7B-Instruct', 'value.source': 'hf:Qwen/Qwen2.5-1.5B-Instruct'}
+# v5e:2x4 holds 8B with 1B, v5e:2x2 Qwen's 7B with 1.5B, v5p:2x2x2 70B with either.
+_EIGHT = {'mesh.data': '1', 'mesh.tensor': '8', 'value.scan_layers': 'True'}
+_FOUR = {'mesh.data': '1', 'mesh.tensor': '4', 'value.scan_layers': 'True', 'fit.accumulate': '4'}
 # The network of MATH, on AIME's questions: what the paper trained on for these is not told.
 _AIME = {'task.math.test_set': 'aime24', 'eval.select_split': ''}
 _OTHER = {'eval.methods': 'qsharp'}
@@ -54,28 +59,32 @@ _VARIANTS: Mapping[str, Keys] = {
 
 def _ablated(base: Job) -> list[Job]:
     common = {'iterations': '1', 'eval.methods': 'qsharp', 'eval.reward_model': 'False'}  # what the table shows of them
-    return [base, *(Job(f'{base.name}_{name}', base.config, {**base.keys, **keys, **common}, shares=base.name)
+    return [base, *(Job(f'{base.name}_{name}', base.config, {**base.keys, **keys, **common}, base.name,
+                        suits=base.suits)
                     for name, keys in _VARIANTS.items())]
 
 
 def _paper(table: str) -> list[Job]:
     gsm8k, math, quality = (f'configs/{name}.py:paper' for name in ('gsm8k', 'math', 'quality'))
-    l3_gsm8k, l31_gsm8k = Job('gsm8k_llama3_8b', gsm8k), Job('gsm8k_llama3.1_8b', gsm8k, _L31_8B)
-    l3_math, l31_math = Job('math_llama3_8b', math), Job('math_llama3.1_8b', math, _L31_8B)
-    qwen_math = Job('math_qwen2.5_7b', math, _QWEN)
-    big = [[Job(f'math_{name}_70b_1b', math, keys),
-            Job(f'math_{name}_70b_3b', math, {**keys, **_3B}, shares=f'math_{name}_70b_1b')]
+    l3_gsm8k = Job('gsm8k_llama3_8b', gsm8k, suits=_EIGHT)
+    l31_gsm8k = Job('gsm8k_llama3.1_8b', gsm8k, _L31_8B, suits=_EIGHT)
+    l3_math = Job('math_llama3_8b', math, suits=_EIGHT)
+    l31_math = Job('math_llama3.1_8b', math, _L31_8B, suits=_EIGHT)
+    qwen_math = Job('math_qwen2.5_7b', math, _QWEN, suits=_FOUR)
+    big = [[Job(f'math_{name}_70b_1b', math, keys, suits=_EIGHT),
+            Job(f'math_{name}_70b_3b', math, {**keys, **_3B}, f'math_{name}_70b_1b', suits=_EIGHT)]
            for name, keys in (('llama3', _L3_70B), ('llama3.1', _L31_70B))]
     return {
         '1': [l3_gsm8k, l31_gsm8k, l3_math, l31_math],
         '2': [*big[0], *big[1]],
         '3': [l3_gsm8k, l31_math],
         '4': [*_ablated(l3_gsm8k), *_ablated(l31_math)],
-        '5': [Job('gsm8k_qwen2.5_7b', gsm8k, _QWEN), qwen_math,
-              Job('aime24_qwen2.5_7b', math, {**_QWEN, **_AIME}, guided_by=qwen_math.name)],
-        '6': [Job('quality_qwen2.5_7b', quality, _QWEN), Job('quality_llama3.1_8b', quality, _L31_8B)],
+        '5': [Job('gsm8k_qwen2.5_7b', gsm8k, _QWEN, suits=_FOUR), qwen_math,
+              Job('aime24_qwen2.5_7b', math, {**_QWEN, **_AIME}, guided_by=qwen_math.name, suits=_FOUR)],
+        '6': [Job('quality_qwen2.5_7b', quality, _QWEN, suits=_FOUR),
+              Job('quality_llama3.1_8b', quality, _L31_8B, suits=_EIGHT)],
         '7': [qwen_math, Job('math_other_policy', math, {**_OTHER, 'value.source': _QWEN['value.source']},
-                             guided_by=qwen_math.name, other_policy=True)],
+                             guided_by=qwen_math.name, other_policy=True, suits=_FOUR)],
         'fig3': [l3_gsm8k],
     }[table]
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+import shutil
 
 import jax
 import ml_collections
@@ -125,7 +126,7 @@ def planned(name: str, size: str, root: Path, overrides: Overrides = (), policy:
     for job in chosen:
         # A model of the plan may be given as a path of one's own.
         keys = {key: text for key, text in job.keys.items() if key not in dict(overrides)}
-        given = list(overrides)
+        given = [*((key, text) for key, text in job.suits.items() if key not in dict(overrides)), *overrides]
         if job.guided_by:
             keys['value.run'] = str(root / size / job.guided_by)
         if job.other_policy:
@@ -214,6 +215,10 @@ def describe(found: Sequence[Planned]) -> str:
         else:
             lines += [f'  {line}' for line in estimates.of_run(one.config, one.workdir, rate, one.shares is not None)]
     left = sum(one.status != 'done' for one in found)
+    if left:
+        here = next(folder for folder in (found[0].workdir.absolute(), *found[0].workdir.absolute().parents)
+                    if folder.exists())
+        lines.append(f'free on disk where they are kept: {shutil.disk_usage(here).free / 2 ** 30:,.1f} GiB')
     return '\n'.join([*lines, f'{len(found) - left} of {len(found)} runs are done.'])
 
 

@@ -139,6 +139,7 @@ def test_wrong_types_are_refused_in_words(key: str, text: str) -> None:
     ({'task.name': 'star_graph', 'task.star_graph.degree': '20'}, 'has 81 nodes'),
     ({'task.template': 'no place'}, "must have '{question}'"),
     ({'reward': ''}, 'config.reward is empty'),
+    ({'task.system': 'Be brief.'}, 'a system turn is part of a chat'),
     ({'guidance.epsilon_cutoff': '1.5'}, 'config.guidance.epsilon_cutoff is 1.5; it is a probability'),
     ({'guidance.epsilon_cutoff': '0.01', 'guidance.order': 'after_sampler'}, 'every token that the sampler leaves'),
     ({'iterations': '0'}, 'config.iterations is 0; it must be 1 or more'),

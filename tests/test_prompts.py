@@ -39,7 +39,7 @@ class Characters:
 TOKENIZER = Characters()
 RECORDS = [{'id': 7, 'question': '3+4', 'answer': '7'}, {'id': 9, 'question': '12+34', 'answer': '46'},
            {'id': 11, 'question': '1+1', 'answer': '2'}]
-PLAIN = {'template': '{question} =', 'prefix': '1 + 2 = 3\n', 'chat': False, 'max_prompt_tokens': 100}
+PLAIN = {'template': '{question} =', 'prefix': '1 + 2 = 3\n', 'chat': False, 'system': '', 'max_prompt_tokens': 100}
 
 
 def section(tmp_path, **changes):
@@ -62,6 +62,9 @@ def test_plain_prompts_are_prefix_and_template():
 def test_chat_prompts_are_one_user_turn():
     prompts = prompts_lib.from_records(RECORDS[:1], TOKENIZER, **{**PLAIN, 'chat': True})
     assert TOKENIZER.decode(prompts.tokens[0]) == '<user>1 + 2 = 3\n3+4 =<assistant>'
+    assert prompts.texts == ['1 + 2 = 3\n3+4 =']
+    prompts = prompts_lib.from_records(RECORDS[:1], TOKENIZER, **{**PLAIN, 'chat': True, 'system': 'Be brief.'})
+    assert TOKENIZER.decode(prompts.tokens[0]) == '<system>Be brief.<user>1 + 2 = 3\n3+4 =<assistant>'
     assert prompts.texts == ['1 + 2 = 3\n3+4 =']
 
 

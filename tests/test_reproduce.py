@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 import shlex
+import shutil
 import sys
 from typing import Any
 
@@ -163,6 +164,26 @@ def test_a_model_of_ones_own_may_stand_for_one_of_the_plan(tmp_path: Path) -> No
     found = reproduce.planned('7', 'small', tmp_path, [('reference.source', 'mine')], policy='ppo')
     assert [one.config.reference.source for one in found] == ['mine', 'ppo']
     assert found[1].config.value.run == str(tmp_path / 'small' / 'gsm8k')
+
+
+def test_a_run_of_the_paper_has_the_mesh_of_its_models_unless_another_is_given(tmp_path: Path) -> None:
+    for table in ('1', '2', '3', '4', '5', '6', '7', 'fig3'):
+        for one in reproduce.planned(table, 'paper', tmp_path, policy='hf:mine/7B'):
+            # Of the pairs that docs/scaling.md has.
+            chips = 4 if 'qwen' in one.config.value.source.lower() else 8
+            assert dict(one.config.mesh) == {'data': 1, 'fsdp': 1, 'tensor': chips}
+            assert one.config.fit.accumulate == (4 if chips == 4 else 1) and one.config.value.scan_layers
+    given = [('mesh.tensor', '2'), ('mesh.data', '4')]
+    one, = reproduce.planned('1', 'paper', tmp_path, given, only=('math_llama3_8b',))
+    assert dict(one.config.mesh) == {'data': 4, 'fsdp': 1, 'tensor': 2} and one.config.value.scan_layers
+    assert not any(one.job.suits for one in reproduce.planned('4', 'small', tmp_path))
+
+
+def test_a_plan_says_what_is_free_on_the_disk_while_something_is_left(tmp_path: Path) -> None:
+    text = reproduce.describe(reproduce.planned('4', 'tiny', tmp_path / 'not' / 'there', only=('arithmetic',)))
+    free = [line for line in text.splitlines() if line.startswith('free on disk where they are kept: ')]
+    assert float(free[0].split()[-2].replace(',', '')) == pytest.approx(
+        shutil.disk_usage(tmp_path).free / 2 ** 30, rel=0.2)
 
 
 def answers(run: Path, split: str = 'test') -> list[evaluate.Row]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+import re
 from types import SimpleNamespace
 
 import jax
@@ -100,6 +101,25 @@ def test_layers_are_scanned_where_that_was_measured_to_be_better(tmp_path: Path)
         assert references.outline(config, mesh, planned=True)[0].scan_layers == expected
 
 
+@pytest.mark.parametrize('cut, budget, tokens', [
+    ('uniform', 'total', 1.5), ('uniform', 'fresh', 2), ('start', 'total', 1)])
+def test_hours_are_steps_by_their_least_times(cut: str, budget: str, tokens: float, tmp_path: Path) -> None:
+    config = published(
+        tmp_path, iterations=3, collect__examples=30, collect__samples=4, collect__cut=cut, collect__budget=budget,
+        collect__batch_rows=8, sampling__max_new_tokens=10, fit__epochs=2.0, fit__batch_size=2, fit__samples_per_row=2,
+        eval__methods='qsharp', eval__examples=7, eval__samples=2, eval__etas='0.1,1.0', eval__select_split='',
+        eval__reference_temperatures='0.0')
+    parts = experiment.outline(config, tmp_path / 'run', sharding.make_mesh(**config.mesh))
+    seconds = {fits._ALONE: 36.0, fits._STEP: 360.0, fits._FIT: 3600.0}
+    # 120 answers an iteration in 8 rows; each is in all later fits; three networks at two etas; the reference twice.
+    collecting = tokens * 10 * 15 * (0.01 + 2 * 0.1)
+    fitting = 120 * (1 + 2 + 3) * 2 / 4
+    evaluating = 10 / 8 * 14 * (2 * 0.01 + 3 * 2 * 0.1)
+    said = fits.hours(parts, fits.sizes_of(parts), seconds)
+    assert [float(word) for word in re.findall(r'[\d.]+\d', said)] == pytest.approx(
+        [collecting, fitting, evaluating, collecting + fitting + evaluating], abs=0.06)
+
+
 def program(total: float) -> Compiled:
     return Compiled(Memory(0, 0, 0, 0, 0, int(total)), 1.0, None)
 
@@ -173,7 +193,7 @@ def test_a_small_model_is_compiled_for_four_chips(
     text = capsys.readouterr().out
     assert 'mesh        data=2, fsdp=1, tensor=2' in text and 'reference 5, scanned; value 3, one by one' in text
     for name in ('prefill', 'refill, 1 rows', 'decode, 16 rows x 128 slots', 'fit, 8 rows', 'decode step',
-                 'largest batch: '):
+                 'hours of the whole run', 'largest batch: '):
         assert name in text
     assert os.environ['TPU_ACCELERATOR_TYPE'] == 'v5litepod-4'
     assert not (tmp_path / 'run').exists()

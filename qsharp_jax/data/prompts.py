@@ -90,8 +90,8 @@ def load(task: Any, split: str, tokenizer: PromptTokenizer) -> Prompts:
     """Returns the prompts of a split. Deterministic; the task's files are generated on first use.
 
     Args:
-      task: a config's section `task`: `name`, the section of that name, `template`, `prefix`, `chat`, `data_dir`,
-        `max_prompt_tokens`.
+      task: a config's section `task`: `name`, the section of that name, `template`, `prefix`, `chat`, `system`,
+        `data_dir`, `max_prompt_tokens`.
       split: such as 'train'.
       tokenizer: of the reference.
 
@@ -100,11 +100,11 @@ def load(task: Any, split: str, tokenizer: PromptTokenizer) -> Prompts:
     """
     records = builders.read(task_config(task), split, task.data_dir)
     return from_records(records, tokenizer, template=task.template, prefix=task.prefix, chat=task.chat,
-                        max_prompt_tokens=task.max_prompt_tokens)
+                        system=task.system, max_prompt_tokens=task.max_prompt_tokens)
 
 
 def from_records(records: Sequence[Mapping[str, Any]], tokenizer: PromptTokenizer, *, template: str, prefix: str,
-                 chat: bool, max_prompt_tokens: int) -> Prompts:
+                 chat: bool, max_prompt_tokens: int, system: str = '') -> Prompts:
     """Returns the prompts of records with an `id` each.
 
     Prompts that are too long are counted, named and left out, never cut.
@@ -116,6 +116,7 @@ def from_records(records: Sequence[Mapping[str, Any]], tokenizer: PromptTokenize
       prefix: text before the template, such as solved examples.
       chat: whether prefix and template become one user turn of the tokenizer's chat template.
       max_prompt_tokens: most tokens of a prompt.
+      system: text of a system turn before the user's, of a chat; '': whatever the template says by itself.
 
     Raises:
       ValueError: if there is no record, if the template names a column that there is not, or if every prompt is too
@@ -124,9 +125,11 @@ def from_records(records: Sequence[Mapping[str, Any]], tokenizer: PromptTokenize
     if not records:
         raise ValueError('the split has no records: raise its number of examples.')
     texts, tokens, kept, too_long = [], [], [], {}
+    before = [{'role': 'system', 'content': system}] if system else []
     for record in records:
         text = prefix + _fill(template, record)
-        ids = tokenizer.encode_chat([{'role': 'user', 'content': text}]) if chat else tokenizer.encode_prompt(text)
+        ids = (tokenizer.encode_chat([*before, {'role': 'user', 'content': text}]) if chat else
+               tokenizer.encode_prompt(text))
         if not ids:
             raise ValueError(f'the prompt of example {record["id"]} is empty; a prompt needs at least one token. Put '
                              'text into task.template or task.prefix.')

@@ -219,6 +219,8 @@ def _differences(run: Run, row: Row, column: Column) -> list[str]:
         words.append(f'{row["n_examples"]} questions')
     if row['eta'] is not None and row['eta'] != paper.ETA:
         words.append(f'η {row["eta"]:g}')
+    if row['eta'] is not None and row['split'] == config['eval']['select_split'] and len(config['eval']['etas']) > 1:
+        words.append('η chosen on these questions')
     if row['method'] == 'cd' and config['eval']['cd_network'] == 'shared':
         words.append('CD on the network of Q♯')
     return words
