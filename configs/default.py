@@ -313,8 +313,11 @@ def evaluation() -> ml_collections.ConfigDict:
     # False: all of them on `select_split` alone, and on `split` the one that is chosen there; if it is another split.
     config.every_eta = True
     config.methods = ('cd', 'qsharp')  # beside the reference: any of 'qsharp', 'cd', 'fudge', 'vas'
-    # What CD and VAS are guided by: 'shared', the network of the first iteration, as it was fitted for Q# | 'own', one
-    # that is fitted to the same data, the reference's own answers, by squared error.
+    # Which networks guide CD, VAS and FUDGE. False: that of the first iteration alone, whose data are the reference's
+    # own, as those methods have it. True: that of each iteration, so that they have as many answers as Q#.
+    config.each_iteration = False
+    # What CD and VAS are guided by: 'shared', the network as it was fitted for Q# | 'own', one that is fitted to
+    # the same data by squared error.
     config.cd_network = 'shared'
     # True: the last value network scores finished answers of `split`, those of the reference and of each method at its
     # chosen eta, for best-of-k and weighted votes.

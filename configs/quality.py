@@ -24,7 +24,10 @@ def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
     config = reasoning.get_config(size, max_prompt_tokens=10240 if size == 'paper' else 6144)
     config.task.name = 'quality'
     config.reward = 'multiple_choice'
-    if size != 'paper':
+    if size == 'paper':  # answers share one copy of their article; 32 a step, as everywhere
+        config.fit.samples_per_row = 4
+        config.fit.batch_size = 8
+    else:
         config.collect.batch_rows = 8
         config.eval.batch_rows = 8
         config.fit.batch_size = 1

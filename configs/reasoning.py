@@ -95,8 +95,6 @@ def get_config(size: str, max_prompt_tokens: int) -> ml_collections.ConfigDict:
         config.reward_options.workers = 8
         config.sampling.max_new_tokens = 1024
         config.collect.budget = 'fresh'  # as the official collection
-        config.fit.samples_per_row = 4
-        config.fit.batch_size = 8  # rows of 4 answers: the paper's 32 answers a step
         # The paper does not say how the eta of CD was chosen; here both are chosen on the validation split.
         config.eval.etas = (0.05, 0.1, 0.2, 0.5, 1.0)
         config.eval.every_eta = False

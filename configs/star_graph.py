@@ -137,6 +137,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.baselines.methods = BASELINES
     config.baselines.value_on_pairs = True
     config.baselines.epochs = 4.0
+    config.eval.each_iteration = True  # all methods have as many answers
     config.eval.methods = ('cd', 'fudge', 'qsharp')
 
 
@@ -173,5 +174,6 @@ def _paper(config: ml_collections.ConfigDict) -> None:
     config.baselines.answers = 2_000_000  # 10 passes
     config.baselines.accumulate = 4  # the logits of GPT-2's vocabulary take most memory
     config.eval.methods = ('cd', 'fudge', 'qsharp')
+    config.eval.each_iteration = True
     config.eval.batch_rows = 512
     config.eval.block_examples = 2000

@@ -58,7 +58,7 @@ def run_pairs(parts: Experiment, evaluation: Evaluation) -> None:
     side = pairs.beside(parts)
     _, graded = pairs.read(parts)
     values = fit.fit_iteration(side, 1, None)
-    cd_values = fit.fit_iteration(side.for_cd, 1, None) if needs_cd_network(parts.config) else None
+    cd_values = fit.fit_iteration(side.for_cd, 1, None) if needs_cd_network(parts.config, 1) else None
     evaluation.beside(side).run(1, values, cd_values)
     rows = read_rows(side.workdir / 'results.jsonl')
     ResultsFile(parts.workdir / 'results.jsonl').add(

@@ -147,7 +147,7 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
     flops = ((written + prefilled + texts * (width + longest)) * of_reference
              + (by_value + prefilled + PASSES * read) * of_value)
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts.value_target))
-    networks = (config.iterations + own_cd + on_pairs) * fits_here
+    networks = (config.iterations + len(own_cd) + on_pairs) * fits_here
     shapes = transformer.param_shapes(parts.reference_config)
     decoders = (beside.networks + pretrained) * sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     unfinished = 3 * config.checkpoint.keep  # in each checkpoint parameters and two moments
@@ -165,7 +165,8 @@ def answers(parts: experiment.Experiment) -> Answers:
     config, plan = parts.config, results.plan_of(parts.config)
     questions = config.collect.examples or describe.training_prompts(parts)[1]
     once = 0 if config.value.run else questions * config.collect.samples
-    fitted = (sum(range(1, config.iterations + 1)) + _own_cd(config)) * once + 2 * _on_pairs(config) * questions
+    fits = (*range(1, config.iterations + 1), *_own_cd(config))  # each has all of D up to its iteration
+    fitted = sum(fits) * once + 2 * _on_pairs(config) * questions
     guided = unguided = 0
     for iteration in range(config.iterations + 1):
         # Those of the first iteration's network are evaluated with the one on pairs, too.
@@ -184,8 +185,10 @@ def _asked(parts: experiment.Experiment) -> dict[str, int]:
     return {split: plan.samples * _examples(parts, plan, split) for split in plan.splits}
 
 
-def _own_cd(config: ml_collections.ConfigDict) -> bool:
-    return bool(config.eval.cd_network == 'own' and not config.value.run)
+def _own_cd(config: ml_collections.ConfigDict) -> list[int]:
+    """Returns the iterations after which CD has a network of its own fitted."""
+    return [iteration for iteration in range(1, config.iterations + 1)
+            if results.needs_cd_network(config, iteration) and not config.value.run]
 
 
 def _on_pairs(config: ml_collections.ConfigDict) -> bool:

@@ -238,4 +238,6 @@ def _row(name: str, compiled: Compiled, caches: float) -> str:
 
 
 def _refused(name: str, error: TooLarge) -> str:
+    if math.isinf(error.needed):  # the compiler has other words, which may say how much
+        return f'{name:<{_NAME}} does not fit: {str(error).splitlines()[0]}'
     return f'{name:<{_NAME}} does not fit: {error.needed / _GIBI:.2f} GiB of {error.available / _GIBI:.2f}'

@@ -33,6 +33,7 @@ class Plan:
       etas: KL coefficients.
       methods: any of `categorical.METHODS`.
       temperatures: of the reference, the sampler's own first.
+      each_iteration: whether all methods are evaluated after every iteration, or Q# alone after the first.
     """
 
     splits: tuple[str, ...]
@@ -43,6 +44,7 @@ class Plan:
     etas: tuple[float, ...]
     methods: tuple[str, ...]
     temperatures: tuple[float, ...]
+    each_iteration: bool
 
 
 def plan_of(config: Any) -> Plan:
@@ -55,26 +57,29 @@ def plan_of(config: Any) -> Plan:
         splits=splits, select_split=evaluation.select_split,
         sweep_splits=splits if evaluation.every_eta else splits[:1], examples=examples, samples=evaluation.samples,
         etas=tuple(sorted({float(config.eta), *map(float, evaluation.etas)})), methods=tuple(evaluation.methods),
-        temperatures=tuple(dict.fromkeys([own, *map(float, evaluation.reference_temperatures)])))
+        temperatures=tuple(dict.fromkeys([own, *map(float, evaluation.reference_temperatures)])),
+        each_iteration=bool(evaluation.each_iteration))
 
 
-def needs_cd_network(config: Any) -> bool:
-    """Returns whether CD or VAS is evaluated with a value network of its own."""
-    return config.eval.cd_network == 'own' and not {'cd', 'vas'}.isdisjoint(config.eval.methods)
+def needs_cd_network(config: Any, iteration: int) -> bool:
+    """Returns whether CD or VAS is evaluated after an iteration with a value network of its own."""
+    return (config.eval.cd_network == 'own' and not {'cd', 'vas'}.isdisjoint(config.eval.methods)
+            and (iteration == 1 or bool(config.eval.each_iteration)))
 
 
 def policies(plan: Plan, iteration: int, methods: Collection[str] = METHODS) -> list[list[Evaluated]]:
     """Returns the policies that are evaluated after an iteration, those that decode together in one list.
 
-    Iteration 0 is the reference, at the sampler's temperature and sharpened. CD, VAS and FUDGE are evaluated on the
-    first iteration's network alone, which has seen the reference's own data only, as those methods do. CD comes first:
-    others are compared with it. Of the plan's methods, those among `methods` are meant.
+    Iteration 0 is the reference, at the sampler's temperature and sharpened. Unless the plan says otherwise, CD, VAS
+    and FUDGE are evaluated on the first iteration's network alone, which has seen the reference's own data only, as
+    those methods do. CD comes first: others are compared with it. Of the plan's methods, those among `methods` are
+    meant.
     """
     if iteration == 0:
         return [[Evaluated('reference', 0, math.inf, temperature) for temperature in plan.temperatures]]
     groups = []
     for method in sorted(plan.methods, key=lambda method: method != 'cd'):
-        if method in methods and (method == 'qsharp' or iteration == 1):
+        if method in methods and (method == 'qsharp' or iteration == 1 or plan.each_iteration):
             # FUDGE's weight does not depend on eta.
             etas = plan.etas[:1] if method == 'fudge' else plan.etas
             groups.append([Evaluated(method, iteration, eta, plan.temperatures[0]) for eta in etas])

@@ -80,15 +80,17 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
             with timed(directory, 'score answers'):
                 evaluation.rank(networks[-1][0], networks[-1][1])
         return report.print_results(directory)
+    cd_values: Params = None
     for iteration in range(1, config.iterations + 1):
         with timed(directory, f'collect {iteration}'):
             collect.collect_iteration(parts, iteration, values)
         with timed(directory, f'fit {iteration}'):
             values = fit.fit_iteration(parts, iteration, values)
-        cd_values: Params = None
-        if iteration == 1 and needs_cd_network(config):
-            with timed(directory, 'fit cd'):
-                cd_values = fit.fit_iteration(parts.for_cd, 1, None)
+        if needs_cd_network(config, iteration):
+            with timed(directory, 'fit cd' if iteration == 1 else f'fit cd {iteration}'):
+                cd_values = fit.fit_iteration(parts.for_cd, iteration, cd_values)
+        else:
+            cd_values = None
         with timed(directory, f'evaluate {iteration}'):
             evaluation.run(iteration, values, cd_values)
     if config.eval.reward_model:
@@ -107,7 +109,7 @@ def borrowed(parts: Experiment) -> list[tuple[int, Params, Params, tuple[str, ..
     """Returns the networks of the run `value.run`, which guide another reference here, and the methods each is for.
 
     These are (iteration, the value network, CD's own or None, methods): the last for Q#, and before it, where it is
-    another and other methods are evaluated, that of the first iteration.
+    another and other methods are evaluated, the one that they take (`eval.each_iteration`).
 
     Raises:
       ValueError: that run has finished none, or one of another tokenizer or shape.
@@ -132,8 +134,9 @@ def borrowed(parts: Experiment) -> list[tuple[int, Params, Params, tuple[str, ..
     last = max(finished)
     others = tuple(method for method in config.eval.methods if method != 'qsharp')
     values = network(parts, last)
-    cd_values = network(parts.for_cd, 1) if needs_cd_network(config) else None
-    if last == 1 or not others:
+    of_others = last if config.eval.each_iteration else 1
+    cd_values = network(parts.for_cd, of_others) if needs_cd_network(config, of_others) else None
+    if last == of_others or not others:
         return [(last, values, cd_values, METHODS)]
     return [(1, network(parts, 1), cd_values, others), (last, values, None, ('qsharp',))]
 
@@ -220,10 +223,11 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
             raise ValueError(f'--{name} is {number}; it must be 0 (as the run does) or more.')
     workdir = Path(workdir)
     parts, chosen, values = open_run(workdir, iteration)
-    if chosen != 1 and set(methods) - {'qsharp'}:
-        raise ValueError(f'--methods {",".join(methods)} of iteration {chosen}: CD, VAS and FUDGE are evaluated on the '
-                         'network of iteration 1 only, since later data are not the reference\'s own.')
     usual = plan_of(parts.config)
+    if chosen != 1 and set(methods) - {'qsharp'} and not usual.each_iteration:
+        raise ValueError(f'--methods {",".join(methods)} of iteration {chosen}: CD, VAS and FUDGE are evaluated on the '
+                         'network of iteration 1 only, since later data are not the reference\'s own; unless '
+                         'eval.each_iteration of the run is True.')
     plan = dataclasses.replace(
         usual, splits=(split,), select_split='', sweep_splits=(split,), etas=tuple(sorted(set(etas))),
         methods=tuple(methods), examples={split: examples or usual.examples.get(split, 0)},
@@ -233,7 +237,7 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
     there = any(row['method'] == 'reference' and row['split'] == split for row in read_rows(workdir / 'results.jsonl'))
     evaluation.run(0, None, record=not there)
     cd_values: Params = None
-    if needs_cd_network(parts.config) and not {'cd', 'vas'}.isdisjoint(methods):
-        cd_values = fit.fit_iteration(parts.for_cd, 1, None)
+    if needs_cd_network(parts.config, chosen) and not {'cd', 'vas'}.isdisjoint(methods):
+        cd_values = fit.fit_iteration(parts.for_cd, chosen, None)
     evaluation.run(chosen, values, cd_values)
     report.print_results(workdir)

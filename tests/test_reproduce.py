@@ -335,6 +335,30 @@ def test_cd_has_a_network_of_its_own_of_the_reference_s_answers(run: Path) -> No
     assert (how.offset, how.outside, how.value) == ('cd', 'average', parts.for_cd.value)
 
 
+@pytest.mark.slow
+@pytest.mark.whole
+def test_cd_may_have_all_data_that_q_sharp_has(run: Path, tmp_path: Path, overrides: list[tuple[str, str]]) -> None:
+    root = tmp_path / 'more'
+    shutil.copytree(run, root / 'tiny' / 'arithmetic')
+    every = [*overrides, ('eval.each_iteration', 'True')]
+    planned, = reproduce.planned('4', 'tiny', root, every, only=('arithmetic',))
+    assert planned.missing == ['cd 2']
+    reproduce.run('4', 'tiny', root, every, only=('arithmetic',), execute=True)
+    assert not planned.missing
+    data = {name: checkpoint.load_meta(planned.workdir / 'checkpoints' / name)['dataset']
+            for name in ('cd_1', 'cd_2', 'value_1', 'value_2')}
+    assert data['cd_2'] == data['value_2'] != data['cd_1'] == data['value_1']
+    most = estimates.bounds(planned.config, planned.workdir, False)
+    rows = read_rows(planned.workdir / 'results.jsonl')
+    assert most.evaluated == sum(row['n_examples'] * row['n_samples'] for row in rows)
+    _, _, values = train.open_run(planned.workdir)
+    assert most.networks == 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(values))
+    # One network after the other: both were compared, the later with the earlier.
+    chosen = {row['iteration']: row for row in rows
+              if (row['method'], row['split'], row['selected']) == ('cd', 'test', True)}
+    assert set(chosen) == {1, 2} and 'difference_to_previous' in chosen[2]
+
+
 @pytest.mark.whole
 @pytest.mark.filterwarnings('ignore:the value network was fitted with')
 def test_a_value_network_guides_another_policy(run: Path, data: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Which policies are evaluated when."""
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from qsharp_jax.evaluate import Evaluated
 PLAN = results.Plan(
     splits=('validation', 'test'), select_split='validation', sweep_splits=('validation', 'test'),
     examples={'validation': 4, 'test': 8}, samples=2, etas=(0.1, 0.5), methods=('qsharp', 'cd', 'fudge'),
-    temperatures=(0.8, 1.0, 0.0))
+    temperatures=(0.8, 1.0, 0.0), each_iteration=False)
 
 
 def test_iteration_0_is_the_reference_at_each_temperature():
@@ -33,6 +34,21 @@ def test_cd_and_fudge_are_of_the_first_iteration_only(iteration):
         assert all(evaluated.guided for evaluated in group)
         # FUDGE's weight does not depend on eta.
         assert [evaluated.eta for evaluated in group] == ([0.1] if method == 'fudge' else [0.1, 0.5])
+
+
+def test_cd_and_fudge_may_be_of_every_iteration():
+    plan = dataclasses.replace(PLAN, each_iteration=True)
+    for iteration in (1, 2, 5):
+        groups = results.policies(plan, iteration)
+        assert [group[0].method for group in groups] == ['cd', 'qsharp', 'fudge']
+        assert {evaluated.iteration for group in groups for evaluated in group} == {iteration}
+    config = default.get_config()
+    config.eval.cd_network, config.eval.methods = 'own', ('cd', 'qsharp')
+    assert [results.needs_cd_network(config, iteration) for iteration in (1, 2)] == [True, False]
+    config.eval.each_iteration = True
+    assert results.needs_cd_network(config, 2) and results.plan_of(config).each_iteration
+    config.eval.methods = ('fudge', 'qsharp')
+    assert not results.needs_cd_network(config, 1)
 
 
 def test_policies_have_rows_of_their_own():
