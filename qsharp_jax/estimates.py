@@ -20,8 +20,8 @@ from qsharp_jax.progress import duration
 
 _TOKEN_BYTES = 45  # of an answer's token in samples/: its id, its piece and its value as JSON; about so many were seen
 # Shapes in configs/models by a part of a source's name, in lower case.
-_SHAPES = {'llama-3-8b': 'llama_3_8b', 'llama-3.1-8b': 'llama_3_8b', 'llama-3-70b': 'llama_3_70b',
-           'llama-3.1-70b': 'llama_3_70b', 'llama-3.2-1b': 'llama_3.2_1b', 'llama-3.2-3b': 'llama_3.2_3b',
+_SHAPES = {'llama-3-8b': 'llama_3_8b', 'llama-3.1-8b': 'llama_3.1_8b', 'llama-3-70b': 'llama_3_70b',
+           'llama-3.1-70b': 'llama_3.1_70b', 'llama-3.2-1b': 'llama_3.2_1b', 'llama-3.2-3b': 'llama_3.2_3b',
            'qwen2.5-7b': 'qwen_2.5_7b', 'qwen2.5-1.5b': 'qwen_2.5_1.5b', 'qwen2.5-0.5b': 'qwen_2.5_0.5b'}
 _ROOT = Path(__file__).resolve().parents[1]
 

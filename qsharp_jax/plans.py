@@ -42,8 +42,9 @@ _L31_70B = {'reference.source': 'hf:meta-llama/Llama-3.1-70B-Instruct'}
 _3B = {'value.source': 'hf:meta-llama/Llama-3.2-3B-Instruct'}
 _QWEN = {'reference.source': 'hf:Qwen/Qwen2.5-7B-Instruct', 'value.source': 'hf:Qwen/Qwen2.5-1.5B-Instruct'}
 # v5e:2x4 holds 8B with 1B, v5e:2x2 Qwen's 7B with 1.5B, v5p:2x2x2 70B with either.
-_EIGHT = {'mesh.data': '1', 'mesh.tensor': '8', 'value.scan_layers': 'True'}
-_FOUR = {'mesh.data': '1', 'mesh.tensor': '4', 'value.scan_layers': 'True', 'fit.accumulate': '4'}
+_EIGHT = {'mesh.data': '1', 'mesh.tensor': '8', 'value.scan_layers': 'True', 'fit.accumulate': '4'}
+_FOUR = {'mesh.data': '1', 'mesh.tensor': '4', 'value.scan_layers': 'True', 'fit.accumulate': '8',
+         'collect.batch_rows': '32', 'eval.batch_rows': '32'}
 # The network of MATH, on AIME's questions: what the paper trained on for these is not told.
 _AIME = {'task.math.test_set': 'aime24', 'eval.select_split': ''}
 _OTHER = {'eval.methods': 'qsharp'}

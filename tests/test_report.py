@@ -67,7 +67,8 @@ def workdir(tmp_path: Path) -> Path:
                  'standard_error': None if i == 1 else .02, 'weight': .25} for i in range(4)]
         (tmp_path / 'calibration' / f'iteration_{iteration}.json').write_text(json.dumps({
             'bins': bins, 'ece': 0.05, 'brier': 0.2, 'auc': 0.8,
-            'by_position': [{'position': i, 'loss': 0.6 / (i + 1), 'count': 5} for i in range(3)]}))
+            'by_position': [{'position': i, 'loss': 0.6 / (i + 1), 'ece': 0.1, 'auc': [None, 0.7, 0.9][i], 'count': 5}
+                            for i in range(3)]}))
     (tmp_path / 'timings.json').write_text(json.dumps({f'collect {HOSTILE}': 90.0, 'fit': 30.0}))
     return tmp_path
 
@@ -291,3 +292,12 @@ def test_points_of_the_plot_are_the_results() -> None:
     assert set(drawn) == {'reference', 'CD, iteration 1', 'Q♯, iteration 1', 'Q♯, iteration 2'}
     colours = [container.lines[0].get_color() for container in axes.containers]
     assert len(set(colours)) == len(colours)
+
+
+def test_quality_by_position_leaves_out_what_a_position_has_not(workdir):
+    run = records.read(workdir)
+    figure = plots.draw(run)['by_position']
+    panels = {ax.get_title('left'): [line.get_xydata().tolist() for line in ax.lines] for ax in figure.axes}
+    assert panels['AUC'] == [[[1, 0.7], [2, 0.9]]] * 2
+    assert panels['Held-out loss'][0] == [[0, 0.6], [1, 0.3], [2, pytest.approx(0.2)]]
+    assert panels['Calibration error'][1] == [[0, 0.1], [1, 0.1], [2, 0.1]]

@@ -22,7 +22,7 @@ _CAPTIONS = {
     'pass1_kl': 'Each point is one η (or temperature) of one policy; bars are one standard error.',
     'training': 'The loss of the fit, on training batches and on prompts kept from it.',
     'reliability': 'What the value network predicts on held-out prompts, against what the answers then earned.',
-    'loss_by_position': 'Where in an answer its outcome becomes predictable.',
+    'by_position': 'Where in an answer its outcome becomes predictable, and how far predictions there can be trusted.',
 }
 
 

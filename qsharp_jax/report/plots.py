@@ -50,7 +50,7 @@ def draw(run: Run) -> dict[str, Figure]:
         if run.calibration:
             figures['reliability'] = reliability(run.calibration)
         if any(record['by_position'] for record in run.calibration.values()):
-            figures['loss_by_position'] = loss_by_position(run.calibration)
+            figures['by_position'] = by_position(run.calibration)
     return figures
 
 
@@ -183,16 +183,21 @@ def reliability(calibration: Mapping[int, Row]) -> Figure:
     return figure
 
 
-def loss_by_position(calibration: Mapping[int, Row]) -> Figure:
-    """Held-out loss against the position in the answer, for each iteration."""
-    figure, axes = _figure(1, 6.4, 3.4)
-    ax = axes[0]
-    for (iteration, record), colour in zip(sorted(calibration.items()), _shades(len(calibration))):
-        ax.plot([row['position'] for row in record['by_position']], [row['loss'] for row in record['by_position']],
-                marker='o', markersize=4, color=colour, label=f'iteration {iteration}')
-    ax.set(xlabel='position in the answer, tokens', ylabel='loss', title='Held-out loss by position')
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend()
+def by_position(calibration: Mapping[int, Row]) -> Figure:
+    """Held-out loss, calibration error and AUC against the position in the answer, for each iteration.
+
+    A number that a position has not, such as the AUC where all answers earned the same, is left out.
+    """
+    shown = {'loss': 'Held-out loss', 'ece': 'Calibration error', 'auc': 'AUC'}
+    figure, axes = _figure(len(shown), 4.4, 3.4)
+    for ax, (name, title) in zip(axes, shown.items()):
+        for (iteration, record), colour in zip(sorted(calibration.items()), _shades(len(calibration))):
+            rows = [row for row in record['by_position'] if row.get(name) is not None]
+            ax.plot([row['position'] for row in rows], [row[name] for row in rows], marker='o', markersize=4,
+                    color=colour, label=f'iteration {iteration}')
+        ax.set(xlabel='position in the answer, tokens', title=title)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend()
     return figure
 
 

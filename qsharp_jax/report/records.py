@@ -26,7 +26,7 @@ class Run:
       results: rows of results.jsonl.
       metrics: rows of metrics.jsonl.
       calibration: calibration/iteration_<k>.json by k. Read are {'bins': [{'low', 'high', 'mean_prediction',
-        'mean_outcome', 'standard_error', 'weight'}], 'ece', 'by_position': [{'position', 'loss'}]}.
+        'mean_outcome', 'standard_error', 'weight'}], 'ece', 'by_position': [{'position', 'loss', 'ece', 'auc'}]}.
       samples: first answers of each policy to each question, from samples/.
       timings: seconds by the name of a phase.
     """
