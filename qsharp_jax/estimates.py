@@ -125,11 +125,11 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
     parts = _outline(config, workdir)
     longest, fits_here = config.sampling.max_new_tokens, not config.value.run
     _, prompts, width = describe.training_prompts(parts)
-    drawn, asked = answers(parts), _asked(parts)
+    drawn, on_splits = answers(parts), asked(parts)
     collected = drawn.collected - shares * drawn.once
     own_cd, on_pairs = _own_cd(config), _on_pairs(config)
     questions = config.collect.examples or prompts
-    beside = baseline_estimates.count(config, questions, asked) if fits_here else baseline_estimates.Trained()
+    beside = baseline_estimates.count(config, questions, on_splits) if fits_here else baseline_estimates.Trained()
     evaluated = drawn.guided + (0 if shares else drawn.unguided) + beside.evaluated
     reference = ledger.reference_cost(parts.reference_config)
     value = ledger.value_cost(parts.value_shape, parts.value_config, config.guidance.candidates)
@@ -173,13 +173,13 @@ def answers(parts: experiment.Experiment) -> Answers:
         for group in results.policies(plan, iteration) * (2 if _on_pairs(config) and iteration == 1 else 1):
             if group[0].guided:
                 guided += sum(number * (len(group) if split in plan.sweep_splits else 1)
-                              for split, number in _asked(parts).items())
+                              for split, number in asked(parts).items())
             else:
-                unguided += len(group) * sum(_asked(parts).values())
+                unguided += len(group) * sum(asked(parts).values())
     return Answers(once, config.iterations * once, fitted, guided, unguided)
 
 
-def _asked(parts: experiment.Experiment) -> dict[str, int]:
+def asked(parts: experiment.Experiment) -> dict[str, int]:
     """Returns how many answers a policy gives on each split."""
     plan = results.plan_of(parts.config)
     return {split: plan.samples * _examples(parts, plan, split) for split in plan.splits}

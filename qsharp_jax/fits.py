@@ -117,6 +117,9 @@ def hours(parts: Experiment, sizes: Sizes, seconds: Mapping[str, float]) -> str:
       seconds: of each, at least.
     """
     config, drawn = parts.config, estimates.answers(parts)
+    if not all(estimates.asked(parts).values()) or not (drawn.once or config.value.run):
+        return ('hours of the whole run are not known before the questions are here, or config.collect.examples, '
+                'config.eval.examples and config.eval.select_examples say how many there are.')
     longest = config.sampling.max_new_tokens
     # A roll-in is cut in its middle, on average; then a roll-out has what is left, or a length of its own.
     again = 1.0 if config.collect.budget == 'fresh' else 0.5

@@ -118,6 +118,9 @@ def test_hours_are_steps_by_their_least_times(cut: str, budget: str, tokens: flo
     said = fits.hours(parts, fits.sizes_of(parts), seconds)
     assert [float(word) for word in re.findall(r'[\d.]+\d', said)] == pytest.approx(
         [collecting, fitting, evaluating, collecting + fitting + evaluating], abs=0.06)
+    with config.unlocked():
+        config.eval.examples, config.task.name = 0, 'quality'  # how many there are is not told
+    assert fits.hours(parts, fits.sizes_of(parts), seconds).startswith('hours of the whole run are not known before')
 
 
 def program(total: float) -> Compiled:
