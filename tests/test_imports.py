@@ -22,8 +22,8 @@ LAYERS = (
     ('references', 'experiment'),
     ('collect', 'fit', 'evaluate', 'ranking', 'relabel', 'pairs', 'policy_fit'),
     ('results', 'describe', 'programs'),
-    ('fits', 'baseline_runs'),
-    ('baseline_estimates', 'estimates', 'plans'),
+    ('baseline_runs',),
+    ('baseline_estimates', 'estimates', 'plans', 'fits'),
     ('train', 'generate', 'export', 'chat'),
     ('reproduce',),
 )
