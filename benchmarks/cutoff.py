@@ -26,7 +26,7 @@ def effect(reference: Reference, how: decoding.Guidance, cutoffs: Sequence[float
            policy: Policy, state: decoding.DecodeState, steps: int, seed: int) -> dict[str, dict[str, float]]:
     """Returns, of each cut-off, means over the steps of all rows.
 
-    `moved`: total variation between the law with the cut-off and without. `bound`: what `guidance.are_candidates` says
+    `moved`: total variation between the law with the cut-off and without. `bound`: what `candidacy.are_candidates` says
     that it is at most, were there no top-p. `scored`: candidates.
 
     Args:

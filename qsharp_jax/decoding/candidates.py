@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from qsharp_jax import guidance
 from qsharp_jax.categorical import ReturnDistribution
+from qsharp_jax.decoding import candidacy
 from qsharp_jax.decoding.state import DecodeState
 from qsharp_jax.types import Array, Cache, Params, Policy, Value, ValueBlock, ValueScores
 
@@ -135,7 +136,7 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
     `how.epsilon_cutoff`; in the other order they are the sampler's whole support, in as many passes as its largest
     nucleus needs, never cut. Where less work takes less time (`Value.ragged`), tokens that cannot matter are left out:
     those of rows that are finished or at eta = inf, of a nucleus of one token, and candidates that are cut whatever
-    they weigh (`guidance.is_open`). Tokens chosen meanwhile wait until a value is needed; one that was a candidate
+    they weigh (`candidacy.is_open`). Tokens chosen meanwhile wait until a value is needed; one that was a candidate
     itself has been read.
 
     Args:
@@ -166,7 +167,7 @@ def score_candidates(how: Guidance, params: Params, state: DecodeState, policy: 
         weighing=weighing)
     if how.order == 'paper':
         ids = guidance.top_candidates(logits, count)
-        possible = guidance.are_candidates(logits, ids, each, how.epsilon_cutoff)
+        possible = candidacy.are_candidates(logits, ids, each, how.epsilon_cutoff)
         wanted = first = possible & guided[:, None]
         if sparing:
             low, high = distribution.log_weight_range(each.eta, how.offset)
@@ -342,7 +343,7 @@ def _openness(how: Guidance, policy: Policy, logits: Array, weighing: Array | No
                     for numbers in (logits, logits if weighing is None else weighing))
 
     def still_open(log_weight: Array, scored: Array) -> Array:
-        return guidance.is_open(own, weights, others, log_weight, scored, low, high, policy, how.outside)
+        return candidacy.is_open(own, weights, others, log_weight, scored, low, high, policy, how.outside)
 
     return still_open
 
