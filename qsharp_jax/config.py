@@ -10,7 +10,6 @@ import contextlib
 import difflib
 import fnmatch
 import functools
-import hashlib
 import importlib.util
 import json
 import math
@@ -114,13 +113,6 @@ def from_json(text: str) -> ml_collections.ConfigDict:
         _set(config, key, _restored(value, flatten(config)[key]))
     check_values(flatten(config))
     return config
-
-
-def config_hash(config: ml_collections.ConfigDict, keys: Sequence[str] = ('*',)) -> str:
-    """Twelve hexadecimal digits that name the values of the keys that match any of the patterns `keys`."""
-    chosen = {key: value for key, value in flatten(_plain(config)).items()
-              if any(fnmatch.fnmatchcase(key, pattern) for pattern in keys)}
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def check_resume(saved: ml_collections.ConfigDict, current: ml_collections.ConfigDict) -> None:

@@ -167,15 +167,15 @@ def answers(parts: experiment.Experiment) -> Answers:
     once = 0 if config.value.run else questions * config.collect.samples
     fits = (*range(1, config.iterations + 1), *_own_cd(config))  # each has all of D up to its iteration
     fitted = sum(fits) * once + 2 * _on_pairs(config) * questions
-    guided = unguided = 0
+    on_splits, guided, unguided = asked(parts), 0, 0
     for iteration in range(config.iterations + 1):
         # Those of the first iteration's network are evaluated with the one on pairs, too.
         for group in results.policies(plan, iteration) * (2 if _on_pairs(config) and iteration == 1 else 1):
             if group[0].guided:
                 guided += sum(number * (len(group) if split in plan.sweep_splits else 1)
-                              for split, number in asked(parts).items())
+                              for split, number in on_splits.items())
             else:
-                unguided += len(group) * sum(asked(parts).values())
+                unguided += len(group) * sum(on_splits.values())
     return Answers(once, config.iterations * once, fitted, guided, unguided)
 
 

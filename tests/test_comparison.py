@@ -67,6 +67,9 @@ def test_a_small_run_stands_in_the_first_place_and_says_what_differs(small: Path
     for words in ('reference Qwen2.5-0.5B-Instruct', 'value network from 12 layers of the reference', 'top_p 1.0',
                   'max_new_tokens 300', 'samples 4', '50 questions', 'η 0.2'):
         assert words in cell.differs, words
+    assert 'chosen on these questions' not in cell.differs
+    ablated = [cell for cell in comparison.cells(paper.TABLES['4'], comparison.read([small])) if cell.ours is not None]
+    assert ablated and all('η chosen on these questions' in cell.differs for cell in ablated)
     lacking = [cell for cell in found if cell.ours is None]
     assert {cell.setting for cell in lacking} == {cell.setting for cell in found} - {cell.setting}
     assert all(cell.difference is None and cell.run is None for cell in lacking)
