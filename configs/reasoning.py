@@ -60,6 +60,9 @@ def get_config(size: str, max_prompt_tokens: int) -> ml_collections.ConfigDict:
         config.sampling.top_p = 1.0
         config.sampling.max_new_tokens = 300
         config.guidance.outside = 'mean'
+        # Along 24 answers to GSM8K the 20 most probable tokens left out .0027 of the probability, and those above this
+        # cut-off, 3.9 on average, left out .0039. Each costs a third of the reference's operations for a token.
+        config.guidance.epsilon_cutoff = 1e-3
         config.collect.examples = 300
         config.collect.samples = 8
         config.collect.batch_rows = 64
