@@ -123,10 +123,15 @@ def reference() -> ml_collections.ConfigDict:
     # Next-token training on the texts of a task.
     config.pretrain = ml_collections.ConfigDict()
     config.pretrain.start = ''  # a checkpoint that it starts from, written as `source`; '': `transformer`, from scratch
+    # Work directory of a run whose reference was trained just so, on this task with this seed: it is taken from there.
+    config.pretrain.run = ''
     config.pretrain.loss = 'target'  # 'target': answer tokens only | 'all': prompt tokens too
     # Share of the corpus's paths that follow an arm drawn at random. With none, the last node is always the goal and
     # the model copies it from the prompt, so that its wrong paths are no arms of the graph.
     config.pretrain.random_arm_share = 0.0
+    # Share of the corpus's graphs whose arms are cut to a length drawn from 2 .. path_length nodes, the goal with them:
+    # the next node of an arm is looked up sooner where there are few.
+    config.pretrain.shorter_arms_share = 0.0
     config.pretrain.steps = 23_000  # gradient steps
     config.pretrain.batch_size = 256  # sequences a step
     config.pretrain.optimizer = 'adamw'  # 'adamw' | 'muon'
@@ -154,6 +159,9 @@ def value() -> ml_collections.ConfigDict:
     config.head_init = 'zero'  # 'zero' (a constant value at first) | 'normal' | 'lm_head' (type 'q' only)
     # What the new layers read: 'stream', the trunk's own | 'restart', its norm plus the norm of the token's embedding.
     config.extra_input = 'stream'
+    # Under 'restart': how many tokens the copied layers look ahead, each a run of them on the embedding that they
+    # expect to come next, which the new layers read as well: π_ref's own roll-out, in the mean (docs/star_graph.md).
+    config.lookahead = 0
     config.head = 'bernoulli'  # 'bernoulli' | 'categorical' | 'mse' (a regression, the paper's ablation)
     config.v_min = 0.0  # least reward
     config.v_max = 1.0  # greatest reward

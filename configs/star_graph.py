@@ -7,18 +7,20 @@ paths are right (paper section 3.1).
 
 Sizes:
   tiny: G(2,3), for two CPU cores, Q#, CD and the reference; others are asked for by `baselines.methods`.
-  small, small_5_5, small_3_8: G(2,5), G(5,5) and G(3,8) from scratch, every method, for two CPU cores and hours.
-  paper, paper_5_5, paper_3_8: the same graphs in the paper's setting: GPT-2 small (medium for G(3,8)) pre-trained on
-    200,000 graphs, values and policies on 200,000 others, 20,000 tests.
+  small: G(2,5) from scratch, every method, for two CPU cores and hours.
+  paper: the same in the paper's setting: GPT-2 small (medium for paths of eight nodes) pre-trained on 200,000 graphs,
+    values and policies on 200,000 others, 20,000 tests.
+  small_d_l, paper_d_l: another graph G(d, l), such as small_5_5 and small_3_8, which are the paper's others.
 """
 from __future__ import annotations
+
+import re
 
 import ml_collections
 
 from configs import default
 
 BASELINES = 'reinforce', 'reinforce_greedy', 'grpo', 'dpo', 'rpo'
-GRAPHS = {'': (2, 5), '_5_5': (5, 5), '_3_8': (3, 8)}  # degree and path length, by the ending of a size
 
 
 def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
@@ -32,19 +34,17 @@ def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
     config.guidance.candidates = 10
     config.eval.samples = 1
     config.eval.maj_k = 1
-    kind, _, _ = size.partition('_')
-    ending = size.removeprefix(kind)
     if size == 'tiny':
         _tiny(config)
-    elif kind == 'small' and ending in GRAPHS:
-        _graph(config, *GRAPHS[ending])
-        _small(config)
-    elif kind == 'paper' and ending in GRAPHS:
-        _graph(config, *GRAPHS[ending])
-        _paper(config)
-    else:
-        sizes = ', '.join(kind + ending for kind in ('small', 'paper') for ending in GRAPHS)
-        raise ValueError(f'configs/star_graph.py has no size {size!r}; it has tiny, {sizes}.')
+        return config
+    found = re.fullmatch(r'(small|paper)(?:_([2-9])_([3-9]))?', size)
+    if found is None:
+        raise ValueError(f'configs/star_graph.py has no size {size!r}; it has tiny, small and paper, which are of '
+                         'G(2,5), and small_d_l and paper_d_l of another graph, such as small_5_5: d from 2 and l from '
+                         '3, to 9.')
+    kind, degree, length = found.groups()
+    _graph(config, int(degree or 2), int(length or 5))
+    (_small if kind == 'small' else _paper)(config)
     return config
 
 
@@ -115,8 +115,11 @@ def _small(config: ml_collections.ConfigDict) -> None:
     _from_scratch(config)
     length = config.task.star_graph.path_length
     config.iterations = 2
+    # The look-up of a node is learned among fewer names sooner; G(5,5) has 21 nodes and G(3,8) has 22.
+    nodes = 1 + config.task.star_graph.degree * (length - 1)
+    config.task.star_graph.num_nodes = 20 if nodes < 20 else nodes + 8
     config.task.star_graph.pretrain_examples = 200_000
-    config.task.star_graph.train_examples = 40_000
+    config.task.star_graph.train_examples = 20_000
     config.task.star_graph.validation_examples = 1000
     config.task.star_graph.test_examples = 2000
     config.reference.transformer.layers = 3
@@ -124,14 +127,17 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.reference.transformer.heads = 4
     config.reference.transformer.kv_heads = 4
     config.reference.transformer.mlp_width = 512
-    config.reference.pretrain.steps = 5000
-    config.reference.pretrain.learning_rate = 5e-3
+    config.reference.pretrain.shorter_arms_share = 0.5
+    config.reference.pretrain.steps = 3000
+    config.reference.pretrain.batch_size = 64
     config.reference.pretrain.warmup_steps = 100
     config.sampling.max_new_tokens = length + 3
-    # The frozen trunk looks one node ahead of the candidate, and each new layer may look one further.
-    config.value.extra_layers = length - 2
+    # At a candidate the trunk expects the node behind it, and each look ahead one more: from the first step to the end.
+    config.value.lookahead = length - 3
+    config.value.extra_layers = 2
     config.fit.frozen_layers = 3
-    config.fit.epochs = 6.0
+    config.fit.optimizer = 'muon'
+    config.fit.epochs = 8.0
     config.fit.warmup_steps = 100
     config.fit.learning_rate_factors = (0.3, 1.0)  # as many rates as the policies have
     config.baselines.methods = BASELINES
@@ -142,7 +148,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
 
 
 def _paper(config: ml_collections.ConfigDict) -> None:
-    medium = config.task.star_graph.path_length == 8
+    medium = config.task.star_graph.path_length >= 8
     published = f'hf:openai-community/gpt2{"-medium" if medium else ""}'
     config.iterations = 2
     config.reference.dtype = 'bfloat16'

@@ -80,6 +80,7 @@ _AT_LEAST: dict[str, int] = {
     'reference.pretrain.warmup_steps': 0,
     'value.layers': 0,
     'value.extra_layers': 0,
+    'value.lookahead': 0,
     'value.num_atoms': 2,
     'sampling.temperature': 0,
     'sampling.top_k': 0,
@@ -165,8 +166,9 @@ def _single(keys: Mapping[str, Any]) -> Iterator[str]:
                'at least 0 (no cut-off) and below 1.')
     if not 0 < keys['sampling.top_p'] <= 1:
         yield f'config.sampling.top_p is {keys["sampling.top_p"]:g}; it must be above 0 and at most 1 (1 keeps all).'
-    for key in ('task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share', 'fit.end_share',
-                'reference.pretrain.end_share', 'baselines.end_share'):
+    for key in ('task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share',
+                'reference.pretrain.shorter_arms_share', 'fit.end_share', 'reference.pretrain.end_share',
+                'baselines.end_share'):
         if not 0 <= keys[key] <= 1:
             yield f'config.{key} is {keys[key]:g}; it is a share, 0 to 1.'
     for key in ('fit.heldout_fraction', 'baselines.warmup_share',
@@ -219,6 +221,9 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
         yield (f"config.fit.learning_rate_factors is {keys['fit.learning_rate_factors']}, and "
                'config.fit.heldout_fraction is 0: the best is chosen by the loss on held-out prompts. Hold some out, '
                'or give one factor.')
+    if keys['value.lookahead'] > 0 and keys['value.scan_layers']:
+        yield (f"config.value.lookahead is {keys['value.lookahead']}, and config.value.scan_layers is True: layers "
+               'that are run again are no stack. Set one of them to its default.')
     if keys['fit.frozen_layers'] and keys['value.scan_layers']:
         yield (f"config.fit.frozen_layers is {keys['fit.frozen_layers']}, and config.value.scan_layers is True: "
                'stacked layers are trained together or not at all. Set one of them to its default.')

@@ -142,7 +142,7 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
     read = rates * drawn.fitted * (width + longest) * config.fit.epochs
     # Each group of answers has its prompt once, and a prompt is prefilled once for all of its answers, at most.
     prefilled = (collected + evaluated) * width
-    pretrained = config.reference.source == 'pretrain'
+    pretrained = config.reference.source == 'pretrain' and not config.reference.pretrain.run
     texts = beside.passes + pretrained * PASSES * config.reference.pretrain.steps * config.reference.pretrain.batch_size
     flops = ((written + prefilled + texts * (width + longest)) * of_reference
              + (by_value + prefilled + PASSES * read) * of_value)

@@ -207,12 +207,15 @@ def outline(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh | None 
     planned = mesh is not None
     mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
     shape, tokenizer = references.outline(config, mesh, planned)
+    if not planned:
+        references.check_run(config, workdir)
     value = config.value
     distribution = categorical.make(value.head, value.v_min, value.v_max, value.num_atoms, value.projection,
                                     value.sigma)
     value_config = value_lib.ValueConfig(
         num_scores=distribution.num_scores, kind=value.type, init=value.init, layers=value.layers or None,
-        extra_layers=value.extra_layers, extra_input=value.extra_input, head_init=value.head_init)
+        extra_layers=value.extra_layers, extra_input=value.extra_input, lookahead=value.lookahead,
+        head_init=value.head_init)
     reference = references.network(shape, tokenizer)
     vocab_size = reference.vocab_size
     tokens = vocab_size - sum(hole < vocab_size for hole in tokenizer.holes)

@@ -88,9 +88,12 @@ def value_cost(config: TransformerConfig, value_config: ValueConfig, candidates:
       candidates: that are scored together. A network of kind 'q' reads all of them off one token.
     """
     trunk = value_lib.trunk_config(value_config, config)
-    read = {name: leaf for name, leaf in transformer.param_shapes(trunk).items() if not name.endswith('embedding')}
+    whole = transformer.param_shapes(trunk)
+    read = {name: leaf for name, leaf in whole.items() if not name.endswith('embedding')}
+    below = [f'{transformer.LAYER}{layer}' for layer in range(trunk.restart_layer)]
+    again = {name: whole[name] for name in ('embedding', *below)} if trunk.lookahead else {}
     scored = candidates if value_config.kind == 'q' else 1
-    return _cost(trunk, read, 2.0 * trunk.width * value_config.num_scores * scored)
+    return _cost(trunk, [read, *trunk.lookahead * [again]], 2.0 * trunk.width * value_config.num_scores * scored)
 
 
 def of_answers(reference: NetworkCost, value: NetworkCost | None, *, prompts: np.ndarray, prefilled: np.ndarray,
@@ -135,9 +138,10 @@ def prefilled_shares(prompts: np.ndarray, rows: np.ndarray, shared: int) -> np.n
     return (prompts - 1 - shared) / answers[place] + shared / len(rows)
 
 
-def _cost(config: TransformerConfig, read: Params, output: float) -> NetworkCost:
+def _cost(config: TransformerConfig, read: Params | list[Params], output: float) -> NetworkCost:
+    runs = [*range(config.layers), *config.lookahead * [*range(config.restart_layer)]]
     return NetworkCost(
         token=transformer.token_flops(config), pair=4.0 * config.heads * config.head_dim,
-        windows=dict(Counter(config.window(layer) for layer in range(config.layers))), output=output,
+        windows=dict(Counter(map(config.window, runs))), output=output,
         weights=float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(read))),
         cached=2.0 * config.layers * config.kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize)

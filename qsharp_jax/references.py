@@ -63,6 +63,13 @@ def network(shape: TransformerConfig, tokenizer: tokenizers.Tokenizer) -> Refere
     return networks.reference(shape, min(shape.vocab_size, tokenizer.vocab_size), tokenizer.holes)
 
 
+def check_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Raises ValueError for a reference that is neither in `workdir` nor in the run that it is to be taken from."""
+    pretrain = config.reference.pretrain
+    if config.reference.source == 'pretrain' and pretrain.run and not pretraining.is_finished(workdir):
+        pretraining.check_run(pretrain.run)
+
+
 def scans(choice: str, mesh: Mesh) -> bool:
     """Returns whether the layers of a published reference are scanned, by `reference.scan_layers` and the devices."""
     return choice == 'yes' or choice == 'auto' and SCANS.get(mesh.devices.flat[0].platform, False)

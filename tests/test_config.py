@@ -143,6 +143,8 @@ def test_wrong_types_are_refused_in_words(key: str, text: str) -> None:
     ({'guidance.epsilon_cutoff': '1.5'}, 'config.guidance.epsilon_cutoff is 1.5; it is a probability'),
     ({'guidance.epsilon_cutoff': '0.01', 'guidance.order': 'after_sampler'}, 'every token that the sampler leaves'),
     ({'iterations': '0'}, 'config.iterations is 0; it must be 1 or more'),
+    ({'value.lookahead': '1', 'value.scan_layers': 'True'}, 'layers that are run again are no stack'),
+    ({'value.lookahead': '-1'}, 'config.value.lookahead is -1'),
 ])
 def test_values_out_of_range_are_refused(overrides: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError) as caught:
@@ -163,6 +165,7 @@ def test_every_number_has_a_range_and_every_rule_a_key() -> None:
     assert ranged <= set(keys)
     by_hand = {'seed', 'task.arithmetic.seed', 'task.star_graph.seed', 'eta', 'collect.eta', 'sampling.top_p',
                'guidance.epsilon_cutoff', 'task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share',
+               'reference.pretrain.shorter_arms_share',
                'fit.heldout_fraction', 'fit.end_share', 'reference.pretrain.end_share', 'baselines.end_share',
                'baselines.warmup_share',
                *(f'task.{task}.validation_share' for task in ('gsm8k', 'math', 'quality', 'jsonl')),

@@ -42,10 +42,14 @@ def test_a_reference_step_counts_as_xla_does(shape, slots):
     assert ledger.reference_cost(config).flops(batch, slots + 1, batch) == pytest.approx(expected, rel=0.03)
 
 
-@pytest.mark.parametrize('kind', ('v', 'q'))
-def test_a_value_step_counts_as_xla_does(kind):
+AHEAD = ValueConfig(num_scores=11, init='reference', extra_layers=1, extra_input='restart', lookahead=2)
+V_TYPE = ValueConfig(num_scores=11, layers=1, extra_layers=1)
+
+
+@pytest.mark.parametrize(
+    'value_config', (V_TYPE, dataclasses.replace(V_TYPE, kind='q'), AHEAD), ids=('v', 'q', 'ahead'))
+def test_a_value_step_counts_as_xla_does(value_config):
     batch, slots, candidates = 4, 256, 6
-    value_config = ValueConfig(num_scores=11, kind=kind, layers=1, extra_layers=1)
     value = networks.value(WIDE, value_config)
     params = jax.eval_shape(lambda: value_lib.init_value_params(
         jax.random.key(0), value_config, transformer.init_params(jax.random.key(0), WIDE), WIDE))
@@ -53,7 +57,7 @@ def test_a_value_step_counts_as_xla_does(kind):
     row = jax.ShapeDtypeStruct((batch,), jnp.int32)
     block = jax.eval_shape(tabular.block_after, row, jax.ShapeDtypeStruct((batch, candidates), jnp.int32))
     expected = xla_flops(value.score, params, block, row, cache)  # of the largest pass that it chooses from
-    tokens = 1 + candidates if kind == 'v' else 1
+    tokens = 1 + candidates if value_config.kind == 'v' else 1
     cost = ledger.value_cost(WIDE, value_config, candidates)
     assert cost.flops(batch * tokens, slots + tokens, batch * tokens) == pytest.approx(expected, rel=0.03)
 
@@ -70,6 +74,10 @@ def test_weights_are_the_parameters_that_a_pass_reads(tied):
     # A trunk never reads its table whole.
     trunk = ledger.value_cost(config, ValueConfig(num_scores=1, layers=2), 5).weights
     assert trunk == everything - table - (0 if tied else params['head'].nbytes)
+    if tied:  # a look ahead reads it, and the layers once more
+        both = [ledger.value_cost(config, dataclasses.replace(AHEAD, lookahead=number), 5).weights for number in (1, 2)]
+        layers = sum(leaf.nbytes for name in ('layers_0', 'layers_1') for leaf in jax.tree.leaves(params[name]))
+        assert both[1] - both[0] == layers + table
 
 
 def test_layers_with_a_window_see_no_more_than_it():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+import shutil
 from typing import Any
 
 import jax
@@ -86,6 +87,20 @@ def test_the_loss_is_on_the_answer_or_on_all(data: Path) -> None:
         pretraining.sequences(config, tokenizer, 18)
 
 
+def test_a_share_of_the_graphs_has_shorter_arms(data: Path) -> None:
+    config = tiny.config(data, reference__pretrain__shorter_arms_share=0.5, reference__pretrain__random_arm_share=0)
+    tokenizer = pretraining.tokenizer_of(config)
+    corpus = pretraining.sequences(config, tokenizer, 19)
+    lengths = [tokenizer.decode(row[mask > 0].tolist()).count('|') + 1
+               for row, mask in zip(corpus.tokens, 1 - (np.cumsum(corpus.tokens == max(tokenizer.eos_ids), 1) > 0))]
+    # Arms of two or three nodes, two of them: half of the half are cut to two nodes.
+    assert set(lengths) == {2, 4} and 6 <= lengths.count(2) <= 28 and len(lengths) == 64
+    config.reference.pretrain.shorter_arms_share = 0.0
+    whole = pretraining.sequences(config, tokenizer, 19)
+    same = np.all(whole.tokens == corpus.tokens, axis=1)
+    assert np.all(same == (np.array(lengths) == 4)), 'the others are as they were'
+
+
 def test_it_learns_and_goes_on_from_a_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {'reference__pretrain__steps': 60, 'reference__pretrain__learning_rate': 0.02,
                'task__star_graph__pretrain_examples': 16, 'fit__checkpoint_every_steps': 20}
@@ -124,3 +139,21 @@ def test_a_task_without_a_corpus_is_refused(data: Path, tmp_path: Path) -> None:
     config = tiny.config(data, task__name='arithmetic', reward='arithmetic')
     with pytest.raises(ValueError, match="'pretrain' needs a task with a corpus .* 'arithmetic' has none"):
         experiment.outline(config, tmp_path)
+
+
+def test_a_reference_is_taken_from_a_run_that_trained_it_just_so(data: Path, tmp_path: Path) -> None:
+    changes = {'reference__pretrain__steps': 2, 'task__star_graph__pretrain_examples': 16}
+    params, digest = trained(data, tmp_path / 'first', **changes)
+    again, same = trained(data, tmp_path / 'second', reference__pretrain__run=str(tmp_path / 'first'), **changes)
+    assert same == digest and not (tmp_path / 'second' / 'metrics.jsonl').exists()
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    shutil.rmtree(tmp_path / 'first')  # the second has one of its own
+    trained(data, tmp_path / 'second', reference__pretrain__run=str(tmp_path / 'first'), **changes)
+    with pytest.raises(ValueError, match='was trained otherwise: the keys of reference and task and the seed'):
+        trained(data, tmp_path / 'third', **{**changes, 'reference__pretrain__run': str(tmp_path / 'second'),
+                                             'reference__pretrain__learning_rate': 0.5})
+    assert not (tmp_path / 'third' / 'checkpoints').exists()
+    config = tiny.config(data, reference__pretrain__run=str(tmp_path / 'nowhere'))
+    experiment.outline(config, tmp_path / 'second')
+    with pytest.raises(ValueError, match='nowhere.*holds no finished reference: name the work directory of a run'):
+        experiment.outline(config, tmp_path / 'fourth')

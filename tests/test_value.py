@@ -23,6 +23,7 @@ KINDS = {
     'v': TRUNCATED,
     'q': dataclasses.replace(TRUNCATED, kind='q'),
     'v_restart': dataclasses.replace(TRUNCATED, extra_input='restart'),
+    'v_lookahead': dataclasses.replace(TRUNCATED, init='reference', layers=None, extra_input='restart', lookahead=1),
 }
 
 kinds = pytest.mark.parametrize('value_config', KINDS.values(), ids=KINDS)
@@ -57,6 +58,10 @@ def sequence_scores(config, value_config, params, tokens):
 @kinds
 @pytest.mark.parametrize('config', FAMILIES.values(), ids=FAMILIES)
 def test_packed_candidates_equal_separate_forwards(config, value_config):
+    if value_config.lookahead and not config.tied_embeddings:
+        with pytest.raises(ValueError, match='only models with tied embeddings can look ahead'):
+            value_lib.trunk_config(value_config, config)
+        return
     params = shaken(value_config, config)
     value = networks.value(config, value_config)
     score = quick_jit(value.score)
@@ -81,8 +86,8 @@ def test_packed_candidates_equal_separate_forwards(config, value_config):
 @pytest.mark.usefixtures('passes_of_every_size')
 def test_rows_of_a_block_have_any_number_of_real_tokens(scan, value_config):
     """Several chosen tokens at once, and candidates behind any of them, in passes of every budget."""
-    if scan and value_config.extra_layers:
-        value_config = dataclasses.replace(value_config, extra_input='stream')
+    if scan:
+        value_config = dataclasses.replace(value_config, extra_input='stream', lookahead=0)
     config = dataclasses.replace(TINY, scan_layers=scan)
     params = shaken(value_config, config)
     value, plain = networks.value(config, value_config), TINY
@@ -208,6 +213,72 @@ def test_restarted_layers_read_the_norms_of_prediction_and_token():
     np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('config', [
+    TINY, FAMILIES['gpt2'], dataclasses.replace(FAMILIES['qwen3'], tied_embeddings=True),
+    # A token looks ahead with what it sees itself, which in a window is one more than those behind it see.
+    dataclasses.replace(FAMILIES['gemma3'], layer_windows=(), local_rope_base=0.0)],
+    ids=['tiny', 'gpt2', 'qwen3', 'gemma3'])
+def test_a_look_ahead_is_the_last_state_after_expected_tokens(config):
+    """Each expected embedding as the token of an id of its own, behind the place that expects it."""
+    reference_params, tokens = make_params(config), make_tokens((1, 5))
+    small = reference_params['embedding']
+
+    def surest(sharpness):
+        reference_params['embedding'] = sharpness * small
+        hidden = full_hidden(config, reference_params, tokens)
+        return np.mean(np.max(jax.nn.softmax(transformer.logits(config, reference_params, hidden)), axis=-1))
+
+    # So far apart that the expectation is neither one token nor the mean of all.
+    assert any(0.3 < surest(sharpness) < 0.8 for sharpness in 1.5 ** np.arange(-8, 16))
+    value_config = ValueConfig(num_scores=1, init='reference', extra_layers=1, extra_input='restart', lookahead=2)
+    shape = value_lib.trunk_config(value_config, config)
+    trunk = start(value_config, config, reference_params)['trunk']
+    block = trunk[f'layers_{config.layers}']
+    for part in (block['attention']['output'], block['mlp']['down']):
+        part['kernel'] = jnp.zeros_like(part['kernel'])
+    for name in ('final_norm', 'restart_token_norm'):
+        trunk[name] = {key: jnp.full_like(leaf, (key == 'scale') - config.norm_offset)
+                       for key, leaf in trunk[name].items()}
+    got = np.asarray(full_hidden(shape, trunk, tokens))
+
+    places, mask = 5, np.tril(np.ones((5, 5), bool))
+    states = [np.asarray(full_hidden(config, reference_params, tokens))]
+    for ahead in (1, 2):
+        logits = transformer.logits(config, reference_params, jnp.asarray(states[-1]))
+        expected = np.asarray(jax.nn.softmax(logits, axis=-1))[0] @ np.asarray(reference_params['embedding'])
+        longer = {**reference_params, 'embedding': jnp.concatenate([reference_params['embedding'], expected])}
+        both = jnp.concatenate([tokens, config.vocab_size + jnp.arange(places)[None]], axis=1)
+        positions = jnp.concatenate([jnp.arange(places), jnp.arange(places) + ahead])[None]
+        seen = np.block([[mask, np.zeros_like(mask)], [mask, np.zeros_like(mask)]])
+        wide = dataclasses.replace(config, vocab_size=config.vocab_size + places)
+        states.append(np.asarray(transformer.hidden_states(
+            wide, longer, both, positions, jnp.asarray(seen)))[:, places:])
+    token = np.asarray(reference_params['embedding'])[tokens] * config.embedding_scale
+
+    def unit(x):
+        if config.norm == 'layernorm':
+            x = x - np.mean(x, axis=-1, keepdims=True)
+        return x / np.sqrt(np.mean(x ** 2, axis=-1, keepdims=True) + config.norm_eps)
+
+    if config.positions == 'learned':
+        token = token + np.asarray(reference_params['position_embedding'])[:places]
+    np.testing.assert_allclose(got, unit(sum(states) + unit(token)), atol=2e-5, rtol=2e-5)
+
+
+def test_a_look_ahead_is_read_without_gradients_of_what_is_expected():
+    value_config = dataclasses.replace(KINDS['v_lookahead'], head_init='normal')
+    params, tokens = start(value_config), make_tokens((2, 6))
+
+    def total(params):
+        shape = value_lib.trunk_config(value_config, TINY)
+        return jnp.sum(transformer.hidden_states(
+            shape, params['trunk'], tokens, positions_of(tokens), transformer.causal_mask(6)) ** 3)
+
+    grads = jax.grad(total)(params)['trunk']
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(grads['expectation_norm']))
+    assert np.any(grads['restart_norm']['scale'] != 0)
+
+
 def test_extra_layers_learn():
     value_config = ValueConfig(num_scores=1, layers=1, extra_layers=1, head_init='normal')
     params, tokens = start(value_config), make_tokens((2, 6))
@@ -287,6 +358,8 @@ def test_logical_axes_name_every_dimension(value_config):
     ({'init': 'reference'}, 'copies every layer'),
     ({'extra_input': 'both'}, 'allowed: stream, restart'),
     ({'extra_input': 'restart', 'extra_layers': 0}, 'nothing to read it'),
+    ({'extra_input': 'restart', 'lookahead': 1}, 'needs every layer of a language model'),
+    ({'init': 'reference', 'layers': None, 'lookahead': 1}, 'layers that read it'),
     ({'head_init': 'lm_head'}, "needs kind 'q'"),
 ])
 def test_impossible_starts_are_refused(change, words):
@@ -353,7 +426,7 @@ def test_caches_are_written_in_place():
 @kinds
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'qwen3'])
 def test_parameters_to_decode_with_give_the_same_scores(name, value_config):
-    config = dataclasses.replace(FAMILIES[name], dtype=jnp.bfloat16)
+    config = dataclasses.replace(FAMILIES[name], dtype=jnp.bfloat16, tied_embeddings=True)
     params = shaken(value_config, config)
     fewer = value_lib.decoding_params(params, value_config, config)
     value = networks.value(config, value_config)
@@ -369,5 +442,5 @@ def test_parameters_to_decode_with_give_the_same_scores(name, value_config):
     assert halves == {'bfloat16', 'float32'} and fewer['head'] is params['head']
     kept = [path for path, leaf in jax.tree_util.tree_leaves_with_path(fewer['trunk']) if leaf.dtype == jnp.float32]
     assert all('norm' in jax.tree_util.keystr(path) for path in kept)
-    same = value_lib.decoding_params(params, value_config, FAMILIES[name])
+    same = value_lib.decoding_params(params, value_config, dataclasses.replace(config, dtype=jnp.float32))
     assert all(a is b for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(params)))

@@ -51,7 +51,9 @@ def next_token_loss(config: TransformerConfig, params: Params, batch: Sequences)
 def load_or_train(config: ml_collections.ConfigDict, shape: TransformerConfig, tokenizer: tokenizers.Tokenizer,
                   workdir: Path, mesh: Mesh, published: Callable[[], tuple[Params, str]] | None = None,
                   ) -> tuple[Params, str]:
-    """Returns the parameters of the reference, on the mesh, and a digest of its recipe; trained unless it is on disk.
+    """Returns the parameters of the reference, on the mesh, and a digest of its recipe.
+
+    It is trained, unless it is on disk or in the run that `reference.pretrain.run` names.
 
     Args:
       config: of the run; `reference.pretrain` says how it is trained.
@@ -60,25 +62,57 @@ def load_or_train(config: ml_collections.ConfigDict, shape: TransformerConfig, t
       workdir: of the run; the finished reference is kept in `checkpoints/reference`, an unfinished one beside it.
       mesh: the devices.
       published: returns that model's parameters, on the mesh, and what names them; None to start from scratch.
+
+    Raises:
+      ValueError: the run that is named has no finished reference, or one of another recipe.
     """
     def init(key: Array) -> Params:
         return transformer.init_params(key, shape)
 
-    directory = workdir / 'checkpoints' / 'reference'
-    if (directory / checkpoint.VALUE_FILE).exists():
+    def kept(directory: Path) -> tuple[Params, str]:
         target = sharding.abstract(transformer.param_shapes(shape), transformer.param_shardings(shape, mesh))
         params, meta = checkpoint.restore_params(directory, target)
         return params, meta['digest']
+
+    if is_finished(workdir):
+        return kept(finished(workdir))
     if published is None:
         start, origin = sharding.born_sharded(init, mesh, transformer.logical_axes(shape))(
             jax.random.fold_in(jax.random.key(config.seed), 0x9e7)), ''
     else:
         start, origin = published()
-    params = _train(config, shape, start, sequences(config, tokenizer, shape.max_positions), workdir, mesh)
+    recipe = config.reference.to_dict()
+    other = recipe['pretrain'].pop('run')
     digest = hashlib.sha256(json.dumps(
-        [config.reference.to_dict(), config.task.to_dict(), config.seed, origin], sort_keys=True).encode()).hexdigest()
-    checkpoint.save_params(directory, params, {'digest': digest})
+        [recipe, config.task.to_dict(), config.seed, origin], sort_keys=True).encode()).hexdigest()
+    if other:
+        check_run(other)
+        params, theirs = kept(finished(Path(other)))
+        if theirs != digest:
+            raise ValueError(f'reference.pretrain.run is {other!r}, whose reference was trained otherwise: the keys '
+                             "of reference and task and the seed must be that run's. Take them from its config.json, "
+                             'or leave out reference.pretrain.run to train one here.')
+    else:
+        params = _train(config, shape, start, sequences(config, tokenizer, shape.max_positions), workdir, mesh)
+    checkpoint.save_params(finished(workdir), params, {'digest': digest})
     return params, digest
+
+
+def finished(workdir: Path) -> Path:
+    """Returns where a run keeps its finished reference."""
+    return workdir / 'checkpoints' / 'reference'
+
+
+def is_finished(workdir: Path) -> bool:
+    """Whether a run has one."""
+    return (finished(workdir) / checkpoint.VALUE_FILE).exists()
+
+
+def check_run(run: str) -> None:
+    """Raises ValueError unless the run that `reference.pretrain.run` names has a finished reference."""
+    if not is_finished(Path(run)):
+        raise ValueError(f'reference.pretrain.run is {run!r}, which holds no finished reference: name the work '
+                         "directory of a run whose reference.source is 'pretrain' and that has trained it.")
 
 
 def tokenizer_of(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
@@ -121,12 +155,19 @@ def sequences(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
     """
     records = builders.read(prompts_lib.task_config(config.task), 'pretrain', config.task.data_dir)
     end = min(tokenizer.eos_ids)
+    pretrain = config.reference.pretrain
+    texts = [(record['question'], record['answer']) for record in records]
+    if pretrain.shorter_arms_share:
+        rng = np.random.default_rng([config.seed, 0xa5])
+        lengths = rng.integers(2, config.task.star_graph.path_length, len(texts), endpoint=True)
+        at_random = rng.random(len(texts)) < pretrain.shorter_arms_share
+        texts = [star_graph.shortened(text[0], length) if shorter else text
+                 for text, length, shorter in zip(texts, lengths, at_random, strict=True)]
     rng = np.random.default_rng([config.seed, 0xa4])
-    at_random = rng.random(len(records)) < config.reference.pretrain.random_arm_share
-    answers = [star_graph.random_path(record['question'], rng) if random else record['answer']
-               for record, random in zip(records, at_random, strict=True)]
-    encoded = [(tokenizer.encode_prompt(record['question']), [*tokenizer.encode(answer), end])
-               for record, answer in zip(records, answers, strict=True)]
+    at_random = rng.random(len(texts)) < pretrain.random_arm_share
+    texts = [(question, star_graph.random_path(question, rng) if random else answer)
+             for (question, answer), random in zip(texts, at_random, strict=True)]
+    encoded = [(tokenizer.encode_prompt(question), [*tokenizer.encode(answer), end]) for question, answer in texts]
     longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
     if longest > max_positions:
         raise ValueError(f'the longest text to pre-train on has {longest} tokens, and the reference {max_positions} '

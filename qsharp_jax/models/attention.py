@@ -42,6 +42,7 @@ class Attention(nn.Module):
         cached: tuple[Array, ...] | None,  # [B, Hkv, Dh, S], [B, Hkv, S, Dh]; or twice [B, N, Hkv, S, Dh], which of N
         cache_mask: Array | None,  # [B, 1 or T, S]
         layout: Ragged | None,
+        made: tuple[Array, Array] | None = None,  # keys and values of the new tokens, in place of those of `x`
     ) -> tuple[Array, Array, Array]:
         config = self.config
         width, head_dim = config.width, config.head_dim
@@ -51,20 +52,23 @@ class Attention(nn.Module):
             axes = 'embed', axis, 'head_dim'
             return Linear(config, (width,), (heads, head_dim), axes, config.qkv_bias, name=name)(x)
 
-        query = project('query', config.heads, 'heads')
-        key = project('key', config.kv_heads, 'kv_heads')
-        value = project('value', config.kv_heads, 'kv_heads')
-        if config.qk_norm:
-            query = Norm(config, axis=None, name='query_norm')(query)
-            key = Norm(config, axis=None, name='key_norm')(key)
-        if rotation is not None:
-            query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+        def placed(name: str, x: Array) -> Array:
+            if config.qk_norm:
+                x = Norm(config, axis=None, name=f'{name}_norm')(x)
+            return x if rotation is None else _rotate(x, *rotation)
+
+        batch = block_mask.shape[0]
         tiles = None if layout is None else layout.tiles
-        if layout is not None:
-            batch = block_mask.shape[0]
-            key, value = (layout.scatter(part, batch) for part in (key, value))
-            query = layout.scatter(query, batch) if tiles is None else query
-        key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+        query = placed('query', project('query', config.heads, 'heads'))
+        if layout is not None and tiles is None:
+            query = layout.scatter(query, batch)
+        if made is None:
+            key = placed('key', project('key', config.kv_heads, 'kv_heads'))
+            value = project('value', config.kv_heads, 'kv_heads')
+            if layout is not None:
+                key, value = (layout.scatter(part, batch) for part in (key, value))
+            made = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+        key, value = made
         new = query, key, value, block_mask
         if layout is not None and tiles is not None:
             mixed = tiles.to_tokens([self._attend(*part) for part in _of_tiles(layout, tiles, new, cached, cache_mask)])
@@ -131,11 +135,12 @@ class Block(nn.Module):
         cached: tuple[Array, ...] | None,
         cache_mask: Array | None,
         layout: Ragged | None,
+        made: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Array, Array]:
         config = self.config
         normed = Norm(config, name='attention_norm')(x)
         attention = Attention(config, name='attention')
-        mixed, key, value = attention(normed, rotation, block_mask, cached, cache_mask, layout)
+        mixed, key, value = attention(normed, rotation, block_mask, cached, cache_mask, layout, made)
         if config.output_norms:
             mixed = Norm(config, name='attention_output_norm')(mixed)
         x = x + mixed

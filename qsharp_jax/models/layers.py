@@ -75,6 +75,10 @@ class TransformerConfig:
       tied_embeddings: whether logits reuse the token embeddings.
       restart_layer: before this layer (0: nowhere) the stream is replaced by its own norm plus the norm of the
         token's embedding, so that the layers from there on see prediction and token at one scale.
+      lookahead: how often the layers below `restart_layer` are run again, each time on the embedding that is expected
+        to come next, Σ_v p(v) e(v), in the token's place: they see what the token sees, keys and values as they were.
+        Without gradients the expectation is that of the logits of the run before; the norms of all their states are
+        added before `restart_layer`. Of a reference this is k tokens of its roll-out, in the mean.
       qk_norm: RMSNorm of each query and key head before the rotation.
       norm_offset: added to the scale of RMSNorm; 1 where a family stores scales as their distance from 1.
       output_norms: a norm of what attention and the feed-forward network give, before it is added to the stream.
@@ -111,6 +115,7 @@ class TransformerConfig:
     mlp_bias: bool = False
     tied_embeddings: bool = True
     restart_layer: int = 0
+    lookahead: int = 0
     qk_norm: bool = False
     norm_offset: float = 0.0
     output_norms: bool = False
@@ -144,6 +149,11 @@ class TransformerConfig:
         if self.layer_windows and len(self.layer_windows) != self.layers:
             raise ValueError(f'layer_windows has {len(self.layer_windows)} numbers; it needs one for each of the '
                              f'{self.layers} layers, or none.')
+        if self.lookahead < 0 or self.lookahead and not (self.restart_layer and self.tied_embeddings):
+            raise ValueError(f'lookahead is {self.lookahead}; it is 0 or, with a restart_layer and tied embeddings, '
+                             'more.')
+        if self.lookahead and self.scan_layers:
+            raise ValueError(f'lookahead is {self.lookahead}, which needs layers one by one: set scan_layers to False.')
         if min(self.layer_windows, default=0) < 0:
             raise ValueError(f'layer_windows has {min(self.layer_windows)}; a window is 0 (all) or more.')
 

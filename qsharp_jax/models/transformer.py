@@ -66,6 +66,8 @@ class Transformer(nn.Module):
         if config.restart_layer:
             self.restart_norm = Norm(config)
             self.restart_token_norm = Norm(config)
+        if config.lookahead:
+            self.expectation_norm = Norm(config)
 
     def __call__(
         self,
@@ -82,38 +84,69 @@ class Transformer(nn.Module):
         batch, row_positions = tokens.shape[0], positions
         if layout is not None:
             tokens, positions = layout.gather(tokens), layout.gather(positions)
-        x = jnp.take(self.embedding, tokens, axis=0, mode='clip').astype(config.dtype)
-        if config.embedding_scale != 1.0:
-            x = x * jnp.asarray(config.embedding_scale, config.dtype)
-        if config.positions == 'learned':
-            x = x + jnp.take(self.position_embedding, positions, axis=0, mode='clip').astype(config.dtype)
+        x = self._placed(jnp.take(self.embedding, tokens, axis=0, mode='clip'), positions)
         block_mask = jnp.broadcast_to(block_mask, (batch, *block_mask.shape[-2:]))
         cache_mask = None
         if cache is not None and cache_length is not None:
             cache_mask = (jnp.arange(cache_lib.capacity(config, cache))[None] < cache_length[:, None])[:, None]
         # What layers of one window share: how tokens are rotated, and which of them see which.
         windows = sorted({config.window(index) for index in range(config.layers)})
-        shared = [(_rotation(config, positions, window > 0), *_within(window, row_positions, block_mask, cache_mask))
-                  for window in windows]
+
+        def rotations(ahead: int) -> list[tuple[Array, Array] | None]:
+            return [_rotation(config, positions + ahead, window > 0) for window in windows]
+
+        seen_of = [_within(window, row_positions, block_mask, cache_mask) for window in windows]
+        shared = [(rotation, *seen) for rotation, seen in zip(rotations(0), seen_of)]
         which = [windows.index(config.window(index)) for index in range(config.layers)]
         if config.scan_layers:
             x, cache = self._scanned(x, shared, which, cache, cache_length, commit)
             return self.final_norm(x), cache
-        keys, values = [], []
+        keys: list[Array] = []
+        values: list[Array] = []
         embedded = x
-        for index, layer in enumerate(self.layers):
-            if config.restart_layer and index == config.restart_layer:
-                x = self._restarted(x, embedded)
+
+        def run(index: int, x: Array, rotation: tuple[Array, Array] | None,
+                made: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
             old = None if cache is None else (cache.keys[index], cache.values[index])
-            rotation, seen, cache_seen = shared[which[index]]
-            x, key, value = layer(x, rotation, seen, None if cache_seen is None else old, cache_seen, layout)
-            keys.append(key[..., :commit])
-            values.append(value[:, :, :commit])
+            seen, cache_seen = seen_of[which[index]]
+            return self.layers[index](x, rotation, seen, None if cache_seen is None else old, cache_seen, layout, made)
+
+        def one_further(x: Array, ahead: int) -> Array:
+            x, turned = self._placed(self._expected(x), positions + ahead), rotations(ahead)
+            for index in range(config.restart_layer):
+                x, _, _ = run(index, x, turned[which[index]], (keys[index], values[index]))
+            return x
+
+        for index in range(config.layers):
+            if config.restart_layer and index == config.restart_layer:
+                states = [x]
+                for ahead in range(1, config.lookahead + 1):
+                    states.append(one_further(states[-1], ahead))
+                x = self._restarted(states, embedded)
+            x, key, value = run(index, x, shared[which[index]][0], None)
+            keys.append(key)
+            values.append(value)
         x = self.final_norm(x)
+        keys, values = [key[..., :commit] for key in keys], [value[:, :, :commit] for value in values]
         return x if layout is None else layout.scatter(x, batch), KVCache(tuple(keys), tuple(values))
 
-    def _restarted(self, x: Array, embedded: Array) -> Array:
-        return self.restart_norm(x) + self.restart_token_norm(embedded)
+    def _placed(self, embedding: Array, positions: Array) -> Array:
+        """Returns what the first layer reads of token embeddings."""
+        config = self.config
+        x = embedding.astype(config.dtype)
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, config.dtype)
+        if config.positions == 'learned':
+            x = x + jnp.take(self.position_embedding, positions, axis=0, mode='clip').astype(config.dtype)
+        return x
+
+    def _expected(self, x: Array) -> Array:
+        """Returns the mean embedding of the token that the last state of a language model expects to come."""
+        share = jax.nn.softmax(self.logits(self.expectation_norm(x)), axis=-1).astype(self.config.dtype)
+        return jax.lax.stop_gradient(share @ self.embedding.astype(self.config.dtype))
+
+    def _restarted(self, states: list[Array], embedded: Array) -> Array:
+        return sum(map(self.restart_norm, states), self.restart_token_norm(embedded))
 
     def _scanned(
         self, x: Array, shared: list[Shared], which: list[int], cache: KVCache | None, cache_length: Array | None,
@@ -129,7 +162,7 @@ class Transformer(nn.Module):
             x, cache = carry
             params, index, kind = layer
             if restarted is not None:
-                x = jnp.where(index == config.restart_layer, restarted(x, embedded), x)
+                x = jnp.where(index == config.restart_layer, restarted([x], embedded), x)
             mine: Shared = jax.tree.map(lambda kinds: _layer(kinds, kind, axis=0), several)
             rotation, seen, cache_seen = mine
             # The cache is carried whole and written in place: as an input and output of each layer it would be copied.
@@ -299,9 +332,11 @@ def count_params(params: Params) -> int:
 
 def token_flops(config: TransformerConfig) -> float:
     """Returns the FLOPs of a token's products with parameters, of all layers but the output layer."""
-    projections = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    matrices = config.width * config.head_dim
     mlp = config.width * config.mlp_width * (3 if config.gated else 2)
-    return 2.0 * config.layers * (projections + mlp)
+    again = config.restart_layer * (2 * config.heads * matrices + mlp) + 2 * config.vocab_size * config.width
+    once = config.layers * (2 * (config.heads + config.kv_heads) * matrices + mlp)
+    return 2.0 * (once + config.lookahead * again)
 
 
 def stack_layers(params: Params, config: TransformerConfig) -> Params:

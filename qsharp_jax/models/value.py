@@ -40,6 +40,8 @@ class ValueConfig:
       extra_input: what the extra blocks read: 'stream', the copied blocks' own; or 'restart', its norm plus the norm
         of the token's embedding. With tied embeddings the last state of a language model points at the token it
         expects next, so 'restart' shows the token and the expectation in one space, where they can be compared.
+      lookahead: under 'restart', how many expected tokens further the copied blocks are run for the extra ones to read
+        (`TransformerConfig.lookahead`).
       head_init: 'zero' (a constant value, so that a fresh value guides nowhere), 'normal', or 'lm_head' (kind
         'q' only: every score of a token starts as its logit).
       head_bias: whether the head has a bias.
@@ -51,6 +53,7 @@ class ValueConfig:
     layers: int | None = None
     extra_layers: int = 0
     extra_input: str = 'stream'
+    lookahead: int = 0
     head_init: str = 'zero'
     head_bias: bool = False
 
@@ -65,6 +68,10 @@ class ValueConfig:
             raise ValueError(f'extra_layers is {self.extra_layers}; it must be at least 0.')
         if self.extra_input == 'restart' and not self.extra_layers:
             raise ValueError("value extra_input is 'restart', but extra_layers is 0: there is nothing to read it.")
+        if self.lookahead and (self.extra_input != 'restart' or self.init not in WHOLE):
+            raise ValueError(f"value lookahead is {self.lookahead}, but init is {self.init!r} and extra_input "
+                             f"{self.extra_input!r}: a look ahead needs every layer of a language model, and layers "
+                             "that read it. Use init 'reference' or 'pretrained' and extra_input 'restart'.")
         if self.init in WHOLE and self.layers is not None:
             raise ValueError(f'value layers is {self.layers}, but init {self.init!r} copies every layer: leave '
                              "out layers, or use init 'truncate'.")
@@ -115,13 +122,16 @@ def trunk_config(value_config: ValueConfig, base_config: TransformerConfig) -> T
     if value_config.head_init == 'lm_head' and base_config.logit_cap:
         raise ValueError(f"value head_init is 'lm_head', but this model caps its logits at {base_config.logit_cap:g}, "
                          "which no head of ours does: use 'zero' or 'normal'.")
+    if value_config.lookahead and not base_config.tied_embeddings:
+        raise ValueError(f'value lookahead is {value_config.lookahead}, but this model has an output layer of its own, '
+                         'which a value network has not: only models with tied embeddings can look ahead.')
     # Layers of a model from scratch go on with the pattern of the base's last ones; those on top see all positions.
     near = base_config.layer_windows and tuple(
         base_config.layer_windows[index % base_config.layers] for index in range(layers))
     return dataclasses.replace(
         base_config, layers=layers + value_config.extra_layers, tied_embeddings=True,
         layer_windows=near and near + (0,) * value_config.extra_layers,
-        restart_layer=layers if value_config.extra_input == 'restart' else 0)
+        restart_layer=layers if value_config.extra_input == 'restart' else 0, lookahead=value_config.lookahead)
 
 
 def is_copied(value_config: ValueConfig, base_config: TransformerConfig, path: tuple[str, ...]) -> bool:
@@ -161,7 +171,7 @@ def init_value_params(
         if name in extra:
             if value_config.extra_input == 'stream':
                 trunk[name] = _silenced(trunk[name])
-        elif name == 'restart_norm' and value_config.init != 'scratch':
+        elif name in ('restart_norm', 'expectation_norm') and value_config.init != 'scratch':
             trunk[name] = _copy(base_params['final_norm'], config)
         elif value_config.init != 'scratch' and name != 'restart_token_norm':
             trunk[name] = _copy(base_params[name], config)
