@@ -129,9 +129,6 @@ def reference() -> ml_collections.ConfigDict:
     # Share of the corpus's paths that follow an arm drawn at random. With none, the last node is always the goal and
     # the model copies it from the prompt, so that its wrong paths are no arms of the graph.
     config.pretrain.random_arm_share = 0.0
-    # Share of the corpus's graphs whose arms are cut to a length drawn from 2 .. path_length nodes, the goal with them:
-    # the next node of an arm is looked up sooner where there are few.
-    config.pretrain.shorter_arms_share = 0.0
     config.pretrain.steps = 23_000  # gradient steps
     config.pretrain.batch_size = 256  # sequences a step
     config.pretrain.optimizer = 'adamw'  # 'adamw' | 'muon'

@@ -115,9 +115,6 @@ def _small(config: ml_collections.ConfigDict) -> None:
     _from_scratch(config)
     length = config.task.star_graph.path_length
     config.iterations = 2
-    # The look-up of a node is learned among fewer names sooner; G(5,5) has 21 nodes and G(3,8) has 22.
-    nodes = 1 + config.task.star_graph.degree * (length - 1)
-    config.task.star_graph.num_nodes = 20 if nodes < 20 else nodes + 8
     config.task.star_graph.pretrain_examples = 200_000
     config.task.star_graph.train_examples = 20_000
     config.task.star_graph.validation_examples = 1000
@@ -127,9 +124,9 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.reference.transformer.heads = 4
     config.reference.transformer.kv_heads = 4
     config.reference.transformer.mlp_width = 512
-    config.reference.pretrain.shorter_arms_share = 0.5
     config.reference.pretrain.steps = 3000
     config.reference.pretrain.batch_size = 64
+    config.reference.pretrain.learning_rate = 4e-3
     config.reference.pretrain.warmup_steps = 100
     config.sampling.max_new_tokens = length + 3
     # At a candidate the trunk expects the node behind it, and each look ahead one more: from the first step to the end.

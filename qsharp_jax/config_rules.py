@@ -166,9 +166,8 @@ def _single(keys: Mapping[str, Any]) -> Iterator[str]:
                'at least 0 (no cut-off) and below 1.')
     if not 0 < keys['sampling.top_p'] <= 1:
         yield f'config.sampling.top_p is {keys["sampling.top_p"]:g}; it must be above 0 and at most 1 (1 keeps all).'
-    for key in ('task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share',
-                'reference.pretrain.shorter_arms_share', 'fit.end_share', 'reference.pretrain.end_share',
-                'baselines.end_share'):
+    for key in ('task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share', 'fit.end_share',
+                'reference.pretrain.end_share', 'baselines.end_share'):
         if not 0 <= keys[key] <= 1:
             yield f'config.{key} is {keys[key]:g}; it is a share, 0 to 1.'
     for key in ('fit.heldout_fraction', 'baselines.warmup_share',

@@ -165,7 +165,6 @@ def test_every_number_has_a_range_and_every_rule_a_key() -> None:
     assert ranged <= set(keys)
     by_hand = {'seed', 'task.arithmetic.seed', 'task.star_graph.seed', 'eta', 'collect.eta', 'sampling.top_p',
                'guidance.epsilon_cutoff', 'task.arithmetic.two_digit_share', 'reference.pretrain.random_arm_share',
-               'reference.pretrain.shorter_arms_share',
                'fit.heldout_fraction', 'fit.end_share', 'reference.pretrain.end_share', 'baselines.end_share',
                'baselines.warmup_share',
                *(f'task.{task}.validation_share' for task in ('gsm8k', 'math', 'quality', 'jsonl')),

@@ -131,21 +131,6 @@ def test_random_paths_are_arms_and_take_each_alike():
     assert set(counts) == {'7,1,2', '7,3,9', '7,5,4'} and min(counts.values()) > 150
 
 
-def test_a_shortened_star_is_the_inner_part_of_it(tmp_path):
-    assert star_graph.shortened('1,2|7,3|3,9|2,6|7,1|9,8/7,8=', 3) == ('1,2|7,3|3,9|7,1/7,9=', '7,3,9')
-    config = StarGraphConfig(degree=3, path_length=5, num_nodes=20, **GRAPHS)
-    for record in builders.read(config, 'train', tmp_path):
-        edges, start, goal = star_graph.parse_question(record['question'])
-        assert star_graph.shortened(record['question'], 5) == (record['question'], record['answer'])
-        for length in range(2, 5):
-            question, answer = star_graph.shortened(record['question'], length)
-            inner, same, end = star_graph.parse_question(question)
-            assert same == start and answer.split(',') == record['answer'].split(',')[:length] and end != goal
-            assert inner == [edge for edge in edges if edge in inner] and len(inner) == 3 * (length - 1)
-            assert {star_graph.random_path(question, np.random.default_rng(seed)).count(',') for seed in range(9)} == {
-                length - 1}
-
-
 def test_star_graph_texts_are_made_of_its_vocabulary(tmp_path):
     config = StarGraphConfig(path_length=3, num_nodes=20, **GRAPHS)
     tokenizer = tokenizers.from_vocabulary(*star_graph.vocabulary(20))

@@ -87,27 +87,14 @@ def test_the_loss_is_on_the_answer_or_on_all(data: Path) -> None:
         pretraining.sequences(config, tokenizer, 18)
 
 
-def test_a_share_of_the_graphs_has_shorter_arms(data: Path) -> None:
-    config = tiny.config(data, reference__pretrain__shorter_arms_share=0.5, reference__pretrain__random_arm_share=0)
-    tokenizer = pretraining.tokenizer_of(config)
-    corpus = pretraining.sequences(config, tokenizer, 19)
-    lengths = [tokenizer.decode(row[mask > 0].tolist()).count('|') + 1
-               for row, mask in zip(corpus.tokens, 1 - (np.cumsum(corpus.tokens == max(tokenizer.eos_ids), 1) > 0))]
-    # Arms of two or three nodes, two of them: half of the half are cut to two nodes.
-    assert set(lengths) == {2, 4} and 6 <= lengths.count(2) <= 28 and len(lengths) == 64
-    config.reference.pretrain.shorter_arms_share = 0.0
-    whole = pretraining.sequences(config, tokenizer, 19)
-    same = np.all(whole.tokens == corpus.tokens, axis=1)
-    assert np.all(same == (np.array(lengths) == 4)), 'the others are as they were'
-
-
 def test_it_learns_and_goes_on_from_a_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {'reference__pretrain__steps': 60, 'reference__pretrain__learning_rate': 0.02,
                'task__star_graph__pretrain_examples': 16, 'fit__checkpoint_every_steps': 20}
     params, digest = trained(data, tmp_path / 'straight', **changes)
     curve = losses(tmp_path / 'straight')
     assert len(curve) == 60
-    assert curve[0] == pytest.approx(np.log(13), abs=0.1) and curve[-1] < 0.6 * curve[0]
+    # The logits of fresh parameters are about standard normal, over 13 tokens.
+    assert curve[0] == pytest.approx(np.log(13) + 0.5, abs=0.1) and curve[-1] < 0.6 * curve[0]
 
     save = checkpoint.Checkpoints.save
 

@@ -155,19 +155,12 @@ def sequences(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
     """
     records = builders.read(prompts_lib.task_config(config.task), 'pretrain', config.task.data_dir)
     end = min(tokenizer.eos_ids)
-    pretrain = config.reference.pretrain
-    texts = [(record['question'], record['answer']) for record in records]
-    if pretrain.shorter_arms_share:
-        rng = np.random.default_rng([config.seed, 0xa5])
-        lengths = rng.integers(2, config.task.star_graph.path_length, len(texts), endpoint=True)
-        at_random = rng.random(len(texts)) < pretrain.shorter_arms_share
-        texts = [star_graph.shortened(text[0], length) if shorter else text
-                 for text, length, shorter in zip(texts, lengths, at_random, strict=True)]
     rng = np.random.default_rng([config.seed, 0xa4])
-    at_random = rng.random(len(texts)) < pretrain.random_arm_share
-    texts = [(question, star_graph.random_path(question, rng) if random else answer)
-             for (question, answer), random in zip(texts, at_random, strict=True)]
-    encoded = [(tokenizer.encode_prompt(question), [*tokenizer.encode(answer), end]) for question, answer in texts]
+    at_random = rng.random(len(records)) < config.reference.pretrain.random_arm_share
+    answers = [star_graph.random_path(record['question'], rng) if random else record['answer']
+               for record, random in zip(records, at_random, strict=True)]
+    encoded = [(tokenizer.encode_prompt(record['question']), [*tokenizer.encode(answer), end])
+               for record, answer in zip(records, answers, strict=True)]
     longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
     if longest > max_positions:
         raise ValueError(f'the longest text to pre-train on has {longest} tokens, and the reference {max_positions} '

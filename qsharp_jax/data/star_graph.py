@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from qsharp_jax.data import builders, star_graph_files
-from qsharp_jax.data.star_graph_text import edges_text, parse_question, path_text, question_text, right_path
+from qsharp_jax.data.star_graph_text import edges_text, parse_question, path_text, question_text
 
 # Part of all graphs that each split draws from. Fixed, so that no choice of sizes moves a graph between splits.
 FRACTIONS = {'pretrain': 0.4, 'train': 0.4, 'validation': 0.05, 'test': 0.15}
@@ -163,28 +163,6 @@ def random_path(question: str, rng: np.random.Generator) -> str:
     while path[-1] in after:
         path.append(int(rng.choice(after[path[-1]])))
     return path_text(tuple(path))
-
-
-def shortened(question: str, length: int) -> tuple[str, str]:
-    """Returns question and right path of the same star whose arms end after `length` nodes, the centre included.
-
-    Edges keep their order; the goal is the last node that is left of its arm.
-
-    Args:
-      question: of a star whose arms are no shorter.
-      length: at least 2.
-    """
-    edges, start, _ = parse_question(question)
-    path = right_path(question)[:length]
-    depth, before = {start: 0}, {node: parent for parent, node in edges}
-
-    def depth_of(node: int) -> int:
-        if node not in depth:
-            depth[node] = depth_of(before[node]) + 1
-        return depth[node]
-
-    left = [edge for edge in edges if depth_of(edge[1]) < length]
-    return question_text(left, start, path[-1]), path_text(tuple(path))
 
 
 def distinct_graphs(degree: int, path_length: int, num_nodes: int) -> int:
