@@ -198,9 +198,10 @@ def _on_pairs(config: ml_collections.ConfigDict) -> bool:
 def _outline(config: ml_collections.ConfigDict, workdir: Path) -> experiment.Experiment:
     """Returns the parts of a run, with shapes that are known here in place of models of the hub."""
     known = _known(config)
-    if not known:
-        return experiment.outline(config, workdir)
     planned = config.copy_and_resolve_references()
+    planned.reference.pretrain.run = ''  # a run before this one in the plan may not have trained it yet
+    if not known:
+        return experiment.outline(planned, workdir)
     for section, path in known.items():
         planned[section].source = path
     return experiment.outline(planned, workdir, sharding.make_mesh(data=-1, fsdp=1, tensor=1))

@@ -22,6 +22,7 @@ class Job:
       config: file and size.
       keys: what it changes of that: what makes it this job, so that no command line may change it.
       shares: name of a job with the same roll-outs, from which those of the first iterations are taken; '' for none.
+      reference: name of a job that pre-trains the same reference; '' for none.
       guided_by: name of a job whose value network guides here; '' for its own.
       other_policy: whether its reference is the policy that the command line names (`--policy`).
       suits: keys of the slice that its pair of models was compiled for (docs/scaling.md), for a command line to change.
@@ -31,6 +32,7 @@ class Job:
     config: str
     keys: Keys = dataclasses.field(default_factory=dict)
     shares: str = ''
+    reference: str = ''
     guided_by: str = ''
     other_policy: bool = False
     suits: Keys = dataclasses.field(default_factory=dict)
@@ -50,6 +52,7 @@ _LONG = {'fit.accumulate': '16', 'collect.batch_rows': '8', 'eval.batch_rows': '
 # The network of MATH, on AIME's questions: what the paper trained on for these is not told.
 _AIME = {'task.math.test_set': 'aime24', 'eval.select_split': ''}
 _OTHER = {'eval.methods': 'qsharp'}
+_QSHARP = {'baselines.methods': '', 'baselines.value_on_pairs': 'False', 'eval.methods': 'qsharp'}
 _EVERY_METHOD = {'baselines.methods': 'reinforce,reinforce_greedy,grpo,dpo,rpo', 'baselines.value_on_pairs': 'True',
                  'eval.methods': 'cd,fudge,qsharp'}
 
@@ -108,7 +111,21 @@ def _reduced(table: str, size: str) -> list[Job]:
 def _star_graphs(size: str) -> list[Job]:
     if size == 'tiny':
         return [Job('star_graph', 'configs/star_graph.py:tiny', _EVERY_METHOD)]
-    return [Job(f'star_graph{graph}', f'configs/star_graph.py:{size}{graph}') for graph in ('', '_5_5', '_3_8')]
+
+    def of(graph: str, keys: Keys) -> Job:
+        return Job(f'star_graph{graph}', f'configs/star_graph.py:{size}{graph}', keys)
+
+    graphs = [of(graph, {}) for graph in ('', '_5_5', '_3_8')]
+    if size == 'paper':
+        return graphs
+    # How far the claim goes: Q♯ alone, on longer paths and from fewer graphs.
+    longer = [of(f'_2_{length}', _QSHARP) for length in (3, 4, 6, 7, 8)]
+    # With as many gradient steps as the whole run's first iteration has, but no more than 64 passes.
+    fewer = [Job(f'star_graph_of_{count}', graphs[0].config,
+                 {**_QSHARP, 'collect.examples': f'{count}', 'iterations': '1', 'fit.epochs': f'{passes}'},
+                 reference=graphs[0].name)
+             for count, passes in ((300, 64), (1000, 64), (3000, 53), (10_000, 16))]
+    return [*graphs, *longer, *fewer]
 
 
 def jobs(name: str, size: str) -> list[Job]:

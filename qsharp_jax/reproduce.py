@@ -15,6 +15,7 @@ import ml_collections
 from qsharp_jax import baseline_runs, cli, commands
 from qsharp_jax import config as config_lib
 from qsharp_jax import estimates, plans, results, star_graph_records, train
+from qsharp_jax.baselines import pretraining
 from qsharp_jax.categorical import METHODS
 from qsharp_jax.config import Overrides
 from qsharp_jax.evaluate import Evaluated
@@ -127,6 +128,10 @@ def planned(name: str, size: str, root: Path, overrides: Overrides = (), policy:
         # A model of the plan may be given as a path of one's own.
         keys = {key: text for key, text in job.keys.items() if key not in dict(overrides)}
         given = [*((key, text) for key, text in job.suits.items() if key not in dict(overrides)), *overrides]
+        # One that is neither there nor to come is trained anew.
+        if job.reference and (job.reference in [other.name for other in chosen]
+                              or pretraining.is_finished(root / size / job.reference)):
+            keys['reference.pretrain.run'] = str(root / size / job.reference)
         if job.guided_by:
             keys['value.run'] = str(root / size / job.guided_by)
         if job.other_policy:
@@ -167,7 +172,7 @@ def possible(found: Sequence[Planned]) -> list[Possible]:
     made: dict[str, str] = {}
     plan = {one.job.name: one for one in found}
     for name, one in plan.items():
-        before = [other for other in (one.job.shares, one.job.guided_by) if other in made]
+        before = [other for other in (one.job.shares, one.job.reference, one.job.guided_by) if other in made]
         shared = one.shares if one.job.shares in made or (one.shares and one.shares.exists()) else None
         whole = dataclasses.replace(one, overrides=[*one.overrides, *_folders(one.config)], shares=shared)
         made[name] = ' && '.join([*(made[other] for other in before if plan[other].status != 'done'), whole.command])

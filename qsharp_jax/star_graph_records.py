@@ -73,14 +73,17 @@ def read(workdir: Path) -> Run:
         raise ValueError(f'{workdir} is a run of the task {config["task"]["name"]!r}, and the figure is of star_graph.')
     graph = config['task']['star_graph']
     per_iteration = (config['collect']['examples'] or graph['train_examples']) * config['collect']['samples']
-    rows = [_kept({'answers': row['iteration'] * per_iteration, **row}) for row in run.results
-            if row['split'] == run.split and _is_chosen(row, config['sampling']['temperature'])]
+    chosen = [(row['split'], _kept({'answers': row['iteration'] * per_iteration, **row})) for row in run.results
+              if _is_chosen(row, config['sampling']['temperature'])]
+    rows = [row for split, row in chosen if split == run.split]
+    # As the curves of policies in training, which are of the split that settings are chosen on.
+    watched = config['eval']['select_split'] or run.split
     last = {row['method']: row for row in sorted(rows, key=lambda row: row['iteration'])}
     return Run(
         degree=graph['degree'], path_length=graph['path_length'], seed=config['seed'],
         hours=sum(run.timings.values()) / 3600, results=list(last.values()), steps=_steps(workdir, run.split, last),
         values=[*_values(workdir, 'qsharp'), *_values(workdir / 'pairs', 'qsharp_pairs')], curves=_curves(run.metrics),
-        guided=[row for row in rows if row['method'] == 'qsharp'])
+        guided=[row for split, row in chosen if split == watched and row['method'] == 'qsharp'])
 
 
 def step_accuracy(answers: Sequence[tuple[str, str]]) -> list[tuple[int, float, float]]:

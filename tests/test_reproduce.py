@@ -17,6 +17,7 @@ import pytest
 
 from qsharp_jax import (checkpoint, cli, config, estimates, estimators, evaluate, plans, ranking, reproduce, rollout,
                         train)
+from qsharp_jax.baselines import pretraining
 from qsharp_jax.data.dataset import Manifest
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.models import networks, pretrained
@@ -102,7 +103,7 @@ def test_every_plan_has_configurations_and_an_order(table: str, size: str, tmp_p
     names = [one.job.name for one in found]
     assert len(set(names)) == len(names)
     for number, one in enumerate(found):
-        before = {one.job.shares, one.job.guided_by} - {''}
+        before = {one.job.shares, one.job.reference, one.job.guided_by} - {''}
         assert before <= set(names[:number])  # those come first
         spec, given, others = cli.split_arguments(shlex.split(one.command)[2:])
         assert spec is not None and config.to_json(config.load(spec, given)) == config.to_json(one.config)
@@ -116,6 +117,25 @@ def test_every_plan_has_configurations_and_an_order(table: str, size: str, tmp_p
         sources = ' '.join(one.config.reference.source.lower() for one in found)
         columns = publish.paper.TABLES[table].columns if table in publish.paper.TABLES else ()
         assert all(publish.paper.MODELS[column.reference] in sources for column in columns)
+
+
+def test_runs_of_fewer_graphs_have_the_reference_of_the_run_before_them(tmp_path: Path) -> None:
+    found = {one.job.name: one for one in reproduce.planned('star_graph', 'small', tmp_path)}
+    whole, few = found['star_graph'], found['star_graph_of_300']
+    assert few.config.reference.pretrain.run == str(whole.workdir)
+    keys = [config.flatten(one.config) for one in (whole, few)]
+    trained = [{key: value for key, value in one.items() if key.split('.')[0] in ('seed', 'task', 'reference')}
+               for one in keys]
+    assert {key for key in trained[0] if trained[0][key] != trained[1][key]} == {'reference.pretrain.run'}
+    assert (few.config.collect.examples, few.config.baselines.methods) == (300, ())
+    # Alone, with no such run there, it trains its own; a run that was stopped goes on with either.
+    alone, = reproduce.planned('star_graph', 'small', tmp_path, only=[few.job.name])
+    assert alone.config.reference.pretrain.run == ''
+    config.check_resume(alone.config, few.config)
+    pretraining.finished(whole.workdir).mkdir(parents=True)
+    (pretraining.finished(whole.workdir) / checkpoint.VALUE_FILE).write_text('')
+    again, = reproduce.planned('star_graph', 'small', tmp_path, only=[few.job.name])
+    assert again.command == few.command
 
 
 def test_a_run_is_done_when_each_of_its_methods_has_its_rows(tmp_path: Path) -> None:

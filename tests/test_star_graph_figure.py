@@ -70,6 +70,26 @@ def test_a_panel_a_graph_with_its_line_and_three_that_say_why(tmp_path: Path) ->
     assert (tmp_path / 'star_graph.png').stat().st_size > 10_000
 
 
+def test_runs_of_qsharp_alone_are_points_by_the_length_of_the_path(tmp_path: Path) -> None:
+    alone = [[{'method': 'reference', 'pass@1': 0.5, 'pass@1_se': 0.01, 'answers': 0},
+              {'method': 'qsharp', 'pass@1': accuracy, 'pass@1_se': 0.01, 'answers': 100}] for accuracy in (1.0, 0.7)]
+    losses = [[{'method': 'qsharp', 'position': 0, 'loss': 0.69}, {'method': 'qsharp', 'position': 1, 'loss': loss}]
+              for loss in (0.01, 0.4)]
+    figure = star_graph_figure.draw([
+        run(2, 5), run(5, 5), *(run(2, length, results=rows, values=own)
+                                for length, rows, own in zip((3, 8), alone, losses))])
+    above, *below = figure.subfigs
+    assert [ax.get_title('left') for ax in above.axes] == ['G(2, 5), 1/d = 50 %', 'G(5, 5), 1/d = 20 %']
+    assert len(below) == 3, 'two graphs, and the lengths of stars of two arms; of five there is one'
+    accuracy, loss = below[-1].axes
+    curves = curves_of(accuracy)
+    assert list(curves) == ['reference', 'Q♯'] and curves['Q♯'] == [[3, 5, 8], pytest.approx([100, 90, 70])]
+    assert [list(values) for values in loss.lines[0].get_data()] == [[3, 5, 8], [0.01, 0.05, 0.4]]
+    plots.save({'star_graph': figure}, tmp_path)
+    # Without any policies all graphs are shown.
+    assert len(star_graph_figure.draw([run(2, 3, results=alone[0]), run(2, 8, results=alone[1])]).subfigs) == 4
+
+
 def test_a_run_that_has_only_begun_is_drawn() -> None:
     star_graph_figure.draw([run(2, 5, results=[], steps=[], values=[], curves=[], guided=[])])
     with pytest.raises(ValueError, match='no run of star graphs'):
@@ -97,7 +117,8 @@ def test_steps_count_the_answers_that_come_to_them() -> None:
 def workdir(tmp_path: Path) -> Path:
     """What a run leaves behind, so far as it is read."""
     graph = {'degree': 2, 'path_length': 3, 'train_examples': 50}
-    config = {'seed': 7, 'task': {'name': 'star_graph', 'star_graph': graph}, 'eval': {'split': 'test'},
+    config = {'seed': 7, 'task': {'name': 'star_graph', 'star_graph': graph},
+              'eval': {'split': 'test', 'select_split': 'validation'},
               'collect': {'examples': 0, 'samples': 2}, 'sampling': {'temperature': 1.0}}
     (tmp_path / 'config.json').write_text(json.dumps(config))
 
@@ -109,7 +130,8 @@ def workdir(tmp_path: Path) -> Path:
         row('reference', 0, None, selected=False), row('reference', 0, None, temperature=0.0),
         row('reinforce', 0, None, answers=64, learning_rate=0.001), row('qsharp', 1, 0.1), row('qsharp', 2, 0.1),
         row('qsharp', 2, 0.5, selected=False), row('qsharp_pairs', 1, 0.1, answers=75),
-        row('qsharp', 2, 0.1, split='validation')])
+        *(row('qsharp', iteration, 0.1, split='validation', **{'pass@1': iteration / 5}) for iteration in (1, 2)),
+        row('qsharp', 2, 0.5, split='validation', selected=False)])
 
     def sample(text: str, eta: float, temperature: float = 1.0) -> Row:
         return {'id': 1, 'sample': 0, 'prompt': QUESTION, 'text': text, 'eta': eta, 'temperature': temperature}
@@ -144,7 +166,8 @@ def test_a_work_directory_is_read(workdir: Path) -> None:
     assert found.graph == (2, 3)
     assert {row['method']: (row['iteration'], row['temperature'], row['answers']) for row in found.results} == {
         'reference': (0, 1.0, 0), 'reinforce': (0, 1.0, 64), 'qsharp': (2, 1.0, 200), 'qsharp_pairs': (1, 1.0, 75)}
-    assert [(row['answers'], row['eta']) for row in found.guided] == [(100, 0.1), (200, 0.1)]
+    # On the split that the curves of policies are of, and nothing that was not chosen there.
+    assert [(row['answers'], row['eta'], row['pass@1']) for row in found.guided] == [(100, 0.1, 0.2), (200, 0.1, 0.4)]
     steps = {(row['method'], row['step']): row['accuracy'] for row in found.steps}
     assert steps == {('reference', 1): 0, ('reinforce', 1): 0, ('qsharp', 1): 1, ('qsharp', 2): 0,
                      ('qsharp_pairs', 1): 1, ('qsharp_pairs', 2): 1}

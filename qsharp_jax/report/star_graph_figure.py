@@ -38,7 +38,7 @@ class Run:
       values: held-out loss of the last value network of Q♯, and of the one that was fitted to pairs: `method` ('qsharp'
         or 'qsharp_pairs'), `position` (token of the answer, from 0), `loss`.
       curves: accuracy on validation in training: `method`, `learning_rate`, `answers`, `pass@1`, `pass@1_se`.
-      guided: `answers`, `pass@1` and `pass@1_se` of Q♯ after each iteration.
+      guided: `answers`, `pass@1` and `pass@1_se` of Q♯ on validation after each iteration.
     """
 
     degree: int
@@ -66,8 +66,10 @@ def draw(runs: Sequence[Run]) -> Figure:
     """Returns the figure of some runs; several of one graph with as many answers are seeds, whose mean is shown.
 
     Above, accuracy of each method on each graph, and the line 1/d of a guess. Below, for each graph: accuracy by step
-    and the value networks' loss by position, which tell where a method fails; and accuracy against answers graded in
-    training, on a logarithmic axis, where runs of Q♯ with fewer answers are points of its curve.
+    and the value networks' loss by position, which tell where a method fails; and accuracy on validation against
+    answers graded in training, on a logarithmic axis, where runs of Q♯ with fewer answers are points of its curve.
+    Graphs on which policies were trained too are shown so, or all where none was. Last, for each number of arms with
+    several lengths of path: accuracy by length, and the value network's loss at the first step.
 
     Args:
       runs: at least one.
@@ -77,10 +79,14 @@ def draw(runs: Sequence[Run]) -> Figure:
     """
     if not runs:
         raise ValueError('there is no run of star graphs to draw: name the work directories of some.')
-    fullest = _fullest(runs)
+    every = _fullest(runs)
+    fullest = {graph: own for graph, own in every.items() if any(_trains_policies(run) for run in own)} or every
+    lengths = {degree: [own for graph, own in every.items() if graph[0] == degree] for degree, _ in every}
+    several = {degree: own for degree, own in lengths.items() if len(own) > 1}
     with plots.style():
-        figure = Figure(figsize=(13.5, 4.1 * (1 + len(fullest))))
-        above, *below = np.ravel(figure.subfigures(1 + len(fullest), 1, squeeze=False))
+        rows = 1 + len(fullest) + len(several)
+        figure = Figure(figsize=(13.5, 4.1 * rows))
+        above, *below = np.ravel(figure.subfigures(rows, 1, squeeze=False))
         for own, ax in zip(fullest.values(), above.subplots(1, len(fullest), sharey=True, squeeze=False)[0]):
             _accuracy(ax, own)
         above.supxlabel(_errors(fullest), fontsize=8)
@@ -89,6 +95,9 @@ def draw(runs: Sequence[Run]) -> Figure:
             _steps(step, own)
             _values(value, own)
             _answers(answers, [run for run in runs if run.graph == graph])
+        for (degree, seeds), part in zip(several.items(), below[len(fullest):]):
+            accuracy, loss = part.subplots(1, 2)
+            _by_length(accuracy, loss, degree, seeds)
     return figure
 
 
@@ -150,6 +159,10 @@ def mean_of(rows: Sequence[Row], value: str, error: str) -> tuple[float, float]:
     return float(values.mean()), math.sqrt(over_graphs + over_seeds)
 
 
+def _trains_policies(run: Run) -> bool:
+    return any('learning_rate' in row for row in run.results)
+
+
 def _by(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
     found: dict[Any, list[Row]] = {}
     for row in rows:
@@ -194,8 +207,7 @@ def _values(ax: Axes, runs: Sequence[Run]) -> None:
         points = sorted((position, sum(row['loss'] for row in several) / len(several))
                         for position, several in _by(own, lambda row: row['position']).items())
         ax.plot(*zip(*points), label=tables.METHODS[method], **_line(method))
-    ax.axhline(math.log(2), color=plots.INK, linestyle='--', linewidth=1)
-    ax.annotate('ln 2: nothing is known', (0, math.log(2)), xytext=(0, 3), textcoords='offset points', fontsize=8)
+    _nothing_known(ax, 0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(title=f'{_name(runs[0].graph)}: value networks, held-out graphs', xlabel='token of the answer, from 0',
            ylabel='loss, nats')
@@ -216,10 +228,39 @@ def _answers(ax: Axes, runs: Sequence[Run]) -> None:
         _curve(ax, method, own, 'answers', 'pass@1', 'pass@1_se')
     _guess(ax, runs)
     ax.set(title=f'{_name(runs[0].graph)}: what more answers buy', xlabel='answers graded in training',
-           ylabel='whole path right, %', ylim=(0, 104))
+           ylabel='whole path right, validation, %', ylim=(0, 104))
     if curves:
         ax.set_xscale('log')
         ax.legend(fontsize=7)
+
+
+def _by_length(accuracy: Axes, loss: Axes, degree: int, lengths: Sequence[Sequence[Run]]) -> None:
+    """Draws accuracy, and the loss at the first step, by length of path; an item of `lengths` is seeds."""
+    rows = [{**row, 'length': run.path_length} for own in lengths for run in own for row in run.results]
+    for method, own in _sorted(_by(rows, lambda row: row['method'])):
+        if method in ('reference', 'qsharp'):
+            _curve(accuracy, method, own, 'length', 'pass@1', 'pass@1_se')
+    _guess(accuracy, lengths[0])
+    accuracy.set(title=f'G({degree}, l): paths of more nodes', xlabel='nodes of an arm, l',
+                 ylabel='whole path right, %', ylim=(0, 104))
+    # The first token is the centre, which all answers have.
+    first = [(own[0].path_length, [row['loss'] for run in own for row in run.values
+                                   if (row['method'], row['position']) == ('qsharp', 1)]) for own in lengths]
+    points = [(length, sum(losses) / len(losses)) for length, losses in first if losses]
+    if points:
+        loss.plot(*zip(*points), label=tables.METHODS['qsharp'], **_line('qsharp'))
+    _nothing_known(loss, lengths[0][0].path_length)
+    loss.set(title=f'G({degree}, l): the value of the first step', xlabel='nodes of an arm, l',
+             ylabel='held-out loss, nats')
+    loss.set_ylim(bottom=0)
+    for ax in (accuracy, loss):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    accuracy.legend(fontsize=7)
+
+
+def _nothing_known(ax: Axes, place: float) -> None:
+    ax.axhline(math.log(2), color=plots.INK, linestyle='--', linewidth=1)
+    ax.annotate('ln 2: nothing is known', (place, math.log(2)), xytext=(0, 3), textcoords='offset points', fontsize=8)
 
 
 def _guess(ax: Axes, runs: Sequence[Run]) -> None:
