@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+import re
 import statistics
 
 import jax
@@ -19,10 +20,11 @@ from qsharp_jax.models import pretrained, transformer
 from qsharp_jax.progress import duration
 
 _TOKEN_BYTES = 45  # of an answer's token in samples/: its id, its piece and its value as JSON; about so many were seen
-# Shapes in configs/models by a part of a source's name, in lower case.
+# Shapes in configs/models by a pattern in a source's name, in lower case.
 _SHAPES = {'llama-3-8b': 'llama_3_8b', 'llama-3.1-8b': 'llama_3.1_8b', 'llama-3-70b': 'llama_3_70b',
            'llama-3.1-70b': 'llama_3.1_70b', 'llama-3.2-1b': 'llama_3.2_1b', 'llama-3.2-3b': 'llama_3.2_3b',
-           'qwen2.5-7b': 'qwen_2.5_7b', 'qwen2.5-1.5b': 'qwen_2.5_1.5b', 'qwen2.5-0.5b': 'qwen_2.5_0.5b'}
+           'qwen2.5-7b': 'qwen_2.5_7b', 'qwen2.5-1.5b': 'qwen_2.5_1.5b', 'qwen2.5-0.5b': 'qwen_2.5_0.5b',
+           '/gpt2$': 'gpt2', '/gpt2-medium$': 'gpt2_medium'}
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -202,29 +204,33 @@ def _outline(config: ml_collections.ConfigDict, workdir: Path) -> experiment.Exp
     planned.reference.pretrain.run = ''  # a run before this one in the plan may not have trained it yet
     if not known:
         return experiment.outline(planned, workdir)
-    for section, path in known.items():
-        planned[section].source = path
+    planned.update_from_flattened_dict(known)
     return experiment.outline(planned, workdir, sharding.make_mesh(data=-1, fsdp=1, tensor=1))
 
 
 def _known(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Returns the shapes of models of the hub that are known here, by the section that names them."""
+    """Returns the shapes of models of the hub that are known here, by the key that names them."""
     known = {}
-    for section in ('reference', 'value'):
-        source = config[section].source
-        shape = next((file for name, file in _SHAPES.items() if name in source.lower()), None)
+    for key, source in _sources(config).items():
+        shape = next((file for name, file in _SHAPES.items() if re.search(name, source.lower())), None)
         if source.startswith('hf:') and shape:
-            known[section] = str(_ROOT / 'configs' / 'models' / f'{shape}.json')
+            known[key] = str(_ROOT / 'configs' / 'models' / f'{shape}.json')
     return known
+
+
+def _sources(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns the checkpoints that a run starts from, by the key that names them."""
+    reference, start = config.reference.source, config.reference.pretrain.start
+    named = {'reference.source': '' if reference == 'pretrain' else reference,
+             'reference.pretrain.start': start if reference == 'pretrain' else '', 'value.source': config.value.source}
+    return {key: source for key, source in named.items() if source}
 
 
 def _missing(config: ml_collections.ConfigDict) -> str:
     """Returns what there is to say of a model that is neither here nor of a known shape; '' where there is none."""
-    trained = config.reference.source == 'pretrain'
-    named = {'reference': config.reference.pretrain.start if trained else config.reference.source,
-             'value': config.value.source}
-    for section, source in named.items():
-        if source and section not in _known(config):
+    known = _known(config)
+    for key, source in _sources(config).items():
+        if key not in known:
             try:
                 pretrained.find(source)
             except ValueError as error:

@@ -205,6 +205,16 @@ def test_a_run_of_the_paper_has_the_mesh_of_its_models_unless_another_is_given(t
     assert not any(one.job.suits for one in reproduce.planned('4', 'small', tmp_path))
 
 
+def test_what_the_papers_star_graphs_take_is_told_without_their_models(tmp_path: Path) -> None:
+    text = reproduce.describe(reproduce.planned('star_graph', 'paper', tmp_path))
+    flops = [float(line.split()[2]) for line in text.splitlines() if 'FLOP' in line]
+    assert len(flops) == 3 and flops[0] < flops[1] < flops[2] and 'not known' not in text
+    # Other models of the name are of other shapes.
+    other = reproduce.planned('star_graph', 'paper', tmp_path, [('reference.pretrain.start', 'hf:mine/gpt2-xl')],
+                              only=['star_graph'])
+    assert "'hf:mine/gpt2-xl' cannot be downloaded" in reproduce.describe(other)
+
+
 def test_a_plan_says_what_is_free_on_the_disk_while_something_is_left(tmp_path: Path) -> None:
     text = reproduce.describe(reproduce.planned('4', 'tiny', tmp_path / 'not' / 'there', only=('arithmetic',)))
     free = [line for line in text.splitlines() if line.startswith('free on disk where they are kept: ')]
