@@ -116,7 +116,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
     length = config.task.star_graph.path_length
     config.iterations = 2
     config.task.star_graph.pretrain_examples = 200_000
-    config.task.star_graph.train_examples = 20_000
+    config.task.star_graph.train_examples = 30_000
     config.task.star_graph.validation_examples = 1000
     config.task.star_graph.test_examples = 2000
     config.reference.transformer.layers = 3
@@ -134,7 +134,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.value.extra_layers = 2
     config.fit.frozen_layers = 3
     config.fit.optimizer = 'muon'
-    config.fit.epochs = 8.0
+    config.fit.epochs = 4.0
     config.fit.warmup_steps = 100
     config.fit.learning_rate_factors = (0.3, 1.0)  # as many rates as the policies have
     config.baselines.methods = BASELINES

@@ -5,7 +5,7 @@ it is drawn again when the work directories are gone.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -83,7 +83,18 @@ def read(workdir: Path) -> Run:
         degree=graph['degree'], path_length=graph['path_length'], seed=config['seed'],
         hours=sum(run.timings.values()) / 3600, results=list(last.values()), steps=_steps(workdir, run.split, last),
         values=[*_values(workdir, 'qsharp'), *_values(workdir / 'pairs', 'qsharp_pairs')], curves=_curves(run.metrics),
-        guided=[row for split, row in chosen if split == watched and row['method'] == 'qsharp'])
+        guided=[row for split, row in chosen if split == watched and row['method'] == 'qsharp'],
+        variant=_variant(config))
+
+
+def _variant(config: Mapping[str, Any]) -> str:
+    """Returns what is other about a value network than in the sizes that are compared."""
+    value = config['value']
+    if value['type'] == 'q':
+        return 'Q-type'
+    # With three nodes the goal is what the reference itself expects.
+    far = config['task']['star_graph']['path_length'] > 3
+    return 'no look ahead' if far and value['extra_input'] == 'restart' and not value['lookahead'] else ''
 
 
 def step_accuracy(answers: Sequence[tuple[str, str]]) -> list[tuple[int, float, float]]:

@@ -90,6 +90,19 @@ def test_runs_of_qsharp_alone_are_points_by_the_length_of_the_path(tmp_path: Pat
     assert len(star_graph_figure.draw([run(2, 3, results=alone[0]), run(2, 8, results=alone[1])]).subfigs) == 4
 
 
+def test_another_value_network_is_a_curve_of_its_loss_and_a_line_of_the_table() -> None:
+    losses = [{'method': 'qsharp', 'position': 0, 'loss': 0.69}, {'method': 'qsharp', 'position': 1, 'loss': 0.66}]
+    rows = [{'method': 'qsharp', 'pass@1': 0.55, 'pass@1_se': 0.01, 'answers': 200}]
+    runs = [run(2, 5), run(2, 5, answers=10), run(2, 5, variant='Q-type', values=losses, results=rows, guided=rows)]
+    above, below = star_graph_figure.draw(runs).subfigs
+    assert [patch.get_height() for patch in above.axes[0].patches] == pytest.approx([50, 40, 90])
+    curves = {line.get_label(): list(line.get_ydata()) for line in below.axes[1].lines}
+    assert curves['Q♯'] == [0.69, 0.05] and curves['Q♯, Q-type'] == [0.69, 0.66]
+    assert curves_of(below.axes[2])['Q♯'][0] == [10, 100], 'it is no point of the curve'
+    text = star_graph_figure.markdown(runs)
+    assert '| Q♯ | 90.0 ± 3.0 |' in text and '| Q♯, Q-type | 55.0 ± 1.0 |' in text and 'G(2, 5), Q-type, seed 0' in text
+
+
 def test_a_run_that_has_only_begun_is_drawn() -> None:
     star_graph_figure.draw([run(2, 5, results=[], steps=[], values=[], curves=[], guided=[])])
     with pytest.raises(ValueError, match='no run of star graphs'):
@@ -119,6 +132,7 @@ def workdir(tmp_path: Path) -> Path:
     graph = {'degree': 2, 'path_length': 3, 'train_examples': 50}
     config = {'seed': 7, 'task': {'name': 'star_graph', 'star_graph': graph},
               'eval': {'split': 'test', 'select_split': 'validation'},
+              'value': {'type': 'v', 'extra_input': 'restart', 'lookahead': 0},
               'collect': {'examples': 0, 'samples': 2}, 'sampling': {'temperature': 1.0}}
     (tmp_path / 'config.json').write_text(json.dumps(config))
 
@@ -163,7 +177,7 @@ def write(path: Path, rows: list[Row]) -> None:
 
 def test_a_work_directory_is_read(workdir: Path) -> None:
     found = star_graph_records.read(workdir)
-    assert found.graph == (2, 3)
+    assert found.graph == (2, 3) and found.variant == ''
     assert {row['method']: (row['iteration'], row['temperature'], row['answers']) for row in found.results} == {
         'reference': (0, 1.0, 0), 'reinforce': (0, 1.0, 64), 'qsharp': (2, 1.0, 200), 'qsharp_pairs': (1, 1.0, 75)}
     # On the split that the curves of policies are of, and nothing that was not chosen there.
@@ -176,6 +190,17 @@ def test_a_work_directory_is_read(workdir: Path) -> None:
     assert (found.seed, found.hours) == (7, 2.0)
     curve, = found.curves
     assert (curve['method'], curve['learning_rate'], curve['answers']) == ('reinforce', 0.001, 32)
+
+
+@pytest.mark.parametrize('length, changes, variant', [
+    (3, {}, ''), (5, {}, 'no look ahead'), (5, {'lookahead': 2}, ''), (5, {'extra_input': 'stream'}, ''),
+    (5, {'lookahead': 2, 'type': 'q'}, 'Q-type')])
+def test_another_value_network_is_named(workdir: Path, length: int, changes: Row, variant: str) -> None:
+    config = json.loads((workdir / 'config.json').read_text())
+    config['task']['star_graph']['path_length'] = length
+    config['value'].update(changes)
+    (workdir / 'config.json').write_text(json.dumps(config))
+    assert star_graph_records.read(workdir).variant == variant
 
 
 def test_the_entry_point_draws_work_directories(

@@ -39,6 +39,7 @@ class Run:
         or 'qsharp_pairs'), `position` (token of the answer, from 0), `loss`.
       curves: accuracy on validation in training: `method`, `learning_rate`, `answers`, `pass@1`, `pass@1_se`.
       guided: `answers`, `pass@1` and `pass@1_se` of Q♯ on validation after each iteration.
+      variant: what is other about Q♯'s value network than in the runs that are compared; '' for nothing.
     """
 
     degree: int
@@ -50,6 +51,7 @@ class Run:
     values: Sequence[Row]
     curves: Sequence[Row]
     guided: Sequence[Row]
+    variant: str = ''
 
     @property
     def graph(self) -> tuple[int, int]:
@@ -69,16 +71,18 @@ def draw(runs: Sequence[Run]) -> Figure:
     and the value networks' loss by position, which tell where a method fails; and accuracy on validation against
     answers graded in training, on a logarithmic axis, where runs of Q♯ with fewer answers are points of its curve.
     Graphs on which policies were trained too are shown so, or all where none was. Last, for each number of arms with
-    several lengths of path: accuracy by length, and the value network's loss at the first step.
+    several lengths of path: accuracy by length, and the value network's loss at the first step. Of a run with another
+    value network the loss alone is shown, beside that of the others.
 
     Args:
-      runs: at least one.
+      runs: at least one; without a variant, too.
 
     Raises:
       ValueError: there is none.
     """
     if not runs:
         raise ValueError('there is no run of star graphs to draw: name the work directories of some.')
+    variants, runs = [run for run in runs if run.variant], _plain(runs)
     every = _fullest(runs)
     fullest = {graph: own for graph, own in every.items() if any(_trains_policies(run) for run in own)} or every
     lengths = {degree: [own for graph, own in every.items() if graph[0] == degree] for degree, _ in every}
@@ -93,7 +97,7 @@ def draw(runs: Sequence[Run]) -> Figure:
         for (graph, own), part in zip(fullest.items(), below):
             step, value, answers = part.subplots(1, 3)
             _steps(step, own)
-            _values(value, own)
+            _values(value, [*own, *(run for run in variants if run.graph == graph)])
             _answers(answers, [run for run in runs if run.graph == graph])
         for (degree, seeds), part in zip(several.items(), below[len(fullest):]):
             accuracy, loss = part.subplots(1, 2)
@@ -105,28 +109,41 @@ def markdown(runs: Sequence[Run]) -> str:
     """Returns the accuracies above as a table, a method a line and a graph a column, and the hours of each run.
 
     Args:
-      runs: at least one.
+      runs: at least one, as in `draw`.
     """
-    fullest = _fullest(runs)
+    fullest = _fullest(_plain(runs))
     lines = [['whole path right, %', *map(_name, fullest)],
              ['---', *('---:' for _ in fullest)],
              ['a guess of the arm', *(f'{100 / degree:.1f}' for degree, _ in fullest)]]
-    for method in SHOWN:
+    shown = [(method, '') for method in SHOWN]
+    shown += [('qsharp', variant) for variant in sorted({run.variant for run in runs if run.variant})]
+    for method, variant in shown:
         cells = []
-        for own in fullest.values():
-            found = [row for run in own for row in run.results if row['method'] == method]
+        for graph, own in fullest.items():
+            meant = [run for run in runs if (run.graph, run.variant) == (graph, variant)] if variant else own
+            found = [row for run in meant for row in run.results if row['method'] == method]
             mean, error = mean_of(found, 'pass@1', 'pass@1_se') if found else (0.0, 0.0)
             cells.append(f'{100 * mean:.1f} ± {100 * error:.1f}' if found else '')
         if any(cells):
-            lines.append([tables.METHODS[method], *cells])
+            lines.append([_titled(method, variant), *cells])
     took = [['run', 'answers for Q♯', 'hours'], ['---', '---:', '---:'],
-            *([f'{_name(run.graph)}, seed {run.seed}', f'{run.answers:,}', f'{run.hours:.2f}'] for run in runs),
+            *([', '.join(filter(None, (_name(run.graph), run.variant, f'seed {run.seed}'))), f'{run.answers:,}',
+               f'{run.hours:.2f}'] for run in runs),
             ['together', '', f'{sum(run.hours for run in runs):.2f}']]
     return f'{_table(lines)}\n{_errors(fullest)}\n\n{_table(took)}'
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def _titled(method: str, variant: str) -> str:
+    return ', '.join(filter(None, (tables.METHODS[method], variant)))
+
+
+def _plain(runs: Sequence[Run]) -> list[Run]:
+    """Returns the runs without a variant, or all where each has one."""
+    return [run for run in runs if not run.variant] or list(runs)
 
 
 def _name(graph: tuple[int, int]) -> str:
@@ -202,11 +219,13 @@ def _steps(ax: Axes, runs: Sequence[Run]) -> None:
 
 
 def _values(ax: Axes, runs: Sequence[Run]) -> None:
-    rows = [row for run in runs for row in run.values]
-    for method, own in _sorted(_by(rows, lambda row: row['method'])):
-        points = sorted((position, sum(row['loss'] for row in several) / len(several))
-                        for position, several in _by(own, lambda row: row['position']).items())
-        ax.plot(*zip(*points), label=tables.METHODS[method], **_line(method))
+    rows = [{**row, 'variant': run.variant} for run in runs for row in run.values]
+    for number, (variant, varied) in enumerate(_by(rows, lambda row: row['variant']).items()):
+        for method, own in _sorted(_by(varied, lambda row: row['method'])):
+            points = sorted((position, sum(row['loss'] for row in several) / len(several))
+                            for position, several in _by(own, lambda row: row['position']).items())
+            look = {**_line(method), **({'linestyle': ('--', '-.')[number % 2], 'alpha': 0.7} if variant else {})}
+            ax.plot(*zip(*points), label=_titled(method, variant), **look)
     _nothing_known(ax, 0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(title=f'{_name(runs[0].graph)}: value networks, held-out graphs', xlabel='token of the answer, from 0',
