@@ -4,7 +4,7 @@
 
 Sizes:
   tiny: two iterations in about eleven minutes on two CPU cores: what `make demo` runs.
-  small: more questions and answers, on a CPU within an hour or on one GPU.
+  small: the same with more questions and answers, and the 20 candidates of the paper: hours on two CPU cores.
   paper: the paper's recipe (16 answers a question, 5 epochs, AdamW 2e-5, constant) on this task.
 """
 from __future__ import annotations
@@ -16,6 +16,17 @@ from configs import default
 # Solved examples, which show the format, in an order in which the reference copies either operand: what it never
 # writes teaches nothing.
 PREFIX = '91 max 8 = 91\n12 + 35 = 47\n19 min 30 = 19\n64 max 27 = 64\n56 min 40 = 40\n5 + 3 = 8\n'
+
+
+def _upper_layers(config: ml_collections.ConfigDict) -> None:
+    """The upper layers learn fastest from what the middle of the network knows of the problem."""
+    config.value.init = 'truncate'
+    config.value.layers = 20
+    config.fit.frozen_layers = 12
+    config.fit.batch_size = 8
+    config.fit.learning_rate = 4e-4
+    config.fit.head_lr_multiplier = 10.0
+    config.fit.schedule = 'cosine'
 
 
 def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
@@ -40,19 +51,12 @@ def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
         config.collect.cut = 'start'
         config.collect.block_examples = 300
         config.collect.batch_rows = 150
-        # The upper layers learn fastest from what the middle of the network knows of the problem.
-        config.value.init = 'truncate'
-        config.value.layers = 20
+        _upper_layers(config)
         config.guidance.candidates = 6
         config.guidance.outside = 'min'  # with so few candidates, the others are often drawn, and seldom right
-        config.fit.frozen_layers = 12
         config.fit.samples_per_row = 4
-        config.fit.batch_size = 8
         config.fit.epochs = 1.0
-        config.fit.learning_rate = 4e-4
-        config.fit.head_lr_multiplier = 10.0
         config.fit.warmup_steps = 5
-        config.fit.schedule = 'cosine'
         config.fit.heldout_fraction = 0.05
         config.fit.checkpoint_every_steps = 50
         config.logging.every_steps = 2
@@ -64,13 +68,21 @@ def get_config(size: str = 'tiny') -> ml_collections.ConfigDict:
         config.eval.batch_rows = 150
         config.eval.block_examples = 50
     elif size == 'small':
+        _upper_layers(config)
+        config.task.arithmetic.train_examples = 1800
         config.collect.samples = 8
+        config.collect.block_examples = 300
+        config.collect.batch_rows = 150
+        config.guidance.epsilon_cutoff = 1e-3
         config.fit.samples_per_row = 8
-        config.fit.epochs = 3.0
-        config.fit.learning_rate = 1e-4
-        config.fit.head_lr_multiplier = 10.0
+        config.fit.epochs = 2.0
         config.fit.warmup_steps = 20
-        config.fit.schedule = 'cosine'
+        config.eval.samples = 4
+        config.eval.maj_k = 4
+        config.eval.etas = (0.05, 0.1, 0.2, 0.5)
+        config.eval.every_eta = False
+        config.eval.batch_rows = 150
+        config.eval.methods = ('cd', 'vas', 'qsharp')
     elif size == 'paper':
         config.collect.drop_no_variation = True
         config.guidance.outside = 'zero'
