@@ -38,7 +38,7 @@ def params_of(kind):
     value_config = ValueConfig(num_scores=1, kind=kind, init='reference', head_init='normal')
     value = value_lib.init_value_params(jax.random.key(1), value_config, base, SHAPE)
     value['head']['kernel'] = 5 * value['head']['kernel']
-    reference = {**base, 'embedding': (20 * base['embedding']).at[np.array([*HOLES, *range(SIZE, 40)])].mul(50)}
+    reference = {**base, 'embedding': (1.6 * base['embedding']).at[np.array([*HOLES, *range(SIZE, 40)])].mul(50)}
     return value_config, reference, value
 
 
