@@ -207,7 +207,9 @@ def test_the_nudge_tells_a_near_tie_from_any_other_token() -> None:
 def test_a_whole_run_is_the_same_job_on_any_mesh(tmp_path: Path) -> None:
     """Trained a little and resumed on another mesh: the same units, the same curves but for rounding."""
     data = tmp_path / 'data'
-    config = functools.partial(tiny.config, data, iterations=1, collect__batch_rows=16, eval__batch_rows=16)
+    # Each step has all answers: in how many rows they are laid out, and so which share a batch, is the devices'.
+    config = functools.partial(tiny.config, data, iterations=1, collect__batch_rows=16, eval__batch_rows=16,
+                               fit__batch_size=1000, fit__epochs=6)
     with tiny.devices(1):
         train.run(config(), tmp_path / 'one')
     shutil.copytree(tmp_path / 'one', tmp_path / 'resumed')

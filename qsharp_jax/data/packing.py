@@ -161,7 +161,8 @@ class FitBatches:
       num_samples: answers an epoch.
       num_examples: prompts.
       shape: B and T of every batch.
-      digest: hash of the data and of how it is packed and ordered.
+      digest: hash of the data and of how it is grouped and ordered. Not of its rows, whose number is the devices': a
+        fit that goes on with another may see some answers twice, and others not, in the epoch where it was stopped.
     """
 
     def __init__(self, dataset: Answers, batch_size: int, samples_per_row: int, seed: int, *,
@@ -215,7 +216,7 @@ class FitBatches:
         self.num_samples = len(members)
         self.num_examples = len(chosen)
         self.shape = len(rows), length
-        layout = ' '.join(map(str, (dataset.digest, batch_size, samples_per_row, seed, tokens, self.shape)))
+        layout = ' '.join(map(str, (dataset.digest, batch_size, samples_per_row, seed, tokens)))
         self.digest = hashlib.sha256(layout.encode() + chosen.tobytes()).hexdigest()
 
     def batch(self, step: int) -> FitBatch:
