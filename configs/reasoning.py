@@ -70,6 +70,9 @@ def get_config(size: str, max_prompt_tokens: int) -> ml_collections.ConfigDict:
         config.value.init = 'truncate'
         config.value.layers = 12
         config.fit.batch_size = 4
+        # A step as a whole, with all activations, takes more than 24 GB.
+        config.fit.accumulate = 4
+        config.value.remat = True
         config.fit.samples_per_row = 8
         config.fit.frozen_layers = 4
         config.fit.epochs = 2.0
