@@ -4,7 +4,7 @@
 
 Sizes:
   tiny: two iterations in about eleven minutes on two CPU cores: what `make demo` runs.
-  small: the same with more questions and answers, and the 20 candidates of the paper: hours on two CPU cores.
+  small: the same with more questions and answers, and the 20 candidates of the paper.
   paper: the paper's recipe (16 answers a question, 5 epochs, AdamW 2e-5, constant) on this task.
 """
 from __future__ import annotations

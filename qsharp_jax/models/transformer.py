@@ -67,6 +67,7 @@ class Transformer(nn.Module):
             self.restart_norm = Norm(config)
             self.restart_token_norm = Norm(config)
         if config.lookahead:
+            # Apart from `restart_norm`, which is trained: what is expected stays what the base expects.
             self.expectation_norm = Norm(config)
 
     def __call__(
@@ -95,26 +96,25 @@ class Transformer(nn.Module):
         def rotations(ahead: int) -> list[tuple[Array, Array] | None]:
             return [_rotation(config, positions + ahead, window > 0) for window in windows]
 
+        turned = rotations(0)
         seen_of = [_within(window, row_positions, block_mask, cache_mask) for window in windows]
-        shared = [(rotation, *seen) for rotation, seen in zip(rotations(0), seen_of)]
         which = [windows.index(config.window(index)) for index in range(config.layers)]
         if config.scan_layers:
+            shared = [(rotation, *seen) for rotation, seen in zip(turned, seen_of)]
             x, cache = self._scanned(x, shared, which, cache, cache_length, commit)
             return self.final_norm(x), cache
-        keys: list[Array] = []
-        values: list[Array] = []
-        embedded = x
+        embedded, keys, values = x, list[Array](), list[Array]()
 
-        def run(index: int, x: Array, rotation: tuple[Array, Array] | None,
-                made: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
-            old = None if cache is None else (cache.keys[index], cache.values[index])
-            seen, cache_seen = seen_of[which[index]]
-            return self.layers[index](x, rotation, seen, None if cache_seen is None else old, cache_seen, layout, made)
+        def run(index: int, x: Array, rotations: list[tuple[Array, Array] | None],
+                made: tuple[Array, Array] | None = None) -> tuple[Array, Array, Array]:
+            kind = which[index]
+            old = None if cache is None or cache_mask is None else (cache.keys[index], cache.values[index])
+            return self.layers[index](x, rotations[kind], seen_of[kind][0], old, seen_of[kind][1], layout, made)
 
         def one_further(x: Array, ahead: int) -> Array:
             x, turned = self._placed(self._expected(x), positions + ahead), rotations(ahead)
             for index in range(config.restart_layer):
-                x, _, _ = run(index, x, turned[which[index]], (keys[index], values[index]))
+                x, _, _ = run(index, x, turned, (keys[index], values[index]))
             return x
 
         for index in range(config.layers):
@@ -123,7 +123,7 @@ class Transformer(nn.Module):
                 for ahead in range(1, config.lookahead + 1):
                     states.append(one_further(states[-1], ahead))
                 x = self._restarted(states, embedded)
-            x, key, value = run(index, x, shared[which[index]][0], None)
+            x, key, value = run(index, x, turned)
             keys.append(key)
             values.append(value)
         x = self.final_norm(x)
