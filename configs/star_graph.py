@@ -115,8 +115,9 @@ def _small(config: ml_collections.ConfigDict) -> None:
     _from_scratch(config)
     length = config.task.star_graph.path_length
     config.iterations = 2
-    config.task.star_graph.pretrain_examples = 200_000
-    config.task.star_graph.train_examples = 30_000
+    config.task.star_graph.num_nodes = 30  # G(3,8) has 22 nodes
+    config.task.star_graph.pretrain_examples = 100_000
+    config.task.star_graph.train_examples = 12_000
     config.task.star_graph.validation_examples = 1000
     config.task.star_graph.test_examples = 2000
     config.reference.transformer.layers = 3
@@ -124,7 +125,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.reference.transformer.heads = 4
     config.reference.transformer.kv_heads = 4
     config.reference.transformer.mlp_width = 512
-    config.reference.pretrain.steps = 3000
+    config.reference.pretrain.steps = 1500
     config.reference.pretrain.batch_size = 64
     config.reference.pretrain.learning_rate = 4e-3
     config.reference.pretrain.warmup_steps = 100

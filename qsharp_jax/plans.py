@@ -124,7 +124,7 @@ def _star_graphs(size: str) -> list[Job]:
     fewer = [Job(f'star_graph_of_{count}', graphs[0].config,
                  {**_QSHARP, 'collect.examples': f'{count}', 'iterations': '1', 'fit.epochs': f'{passes}'},
                  reference=graphs[0].name)
-             for count, passes in ((300, 64), (1000, 64), (3000, 40), (10_000, 12))]
+             for count, passes in ((300, 64), (1000, 48), (3000, 16))]
     # Why: a network that cannot look ahead, and one that scores the first step without having read it, as policies do.
     why = [Job(f'star_graph_{name}', graphs[0].config, {**_QSHARP, 'iterations': '1', key: text},
                shares=graphs[0].name, reference=graphs[0].name)
