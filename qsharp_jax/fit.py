@@ -105,13 +105,14 @@ def _fit(experiment: Experiment, iteration: int, rate: float, start: Params, tra
             state, metrics = update(state, sharding.shard_batch(experiment.mesh, train.batch(step)))
             done = step + 1
             last = done == steps
+            bar.update(1)
             if last or done % config.logging.every_steps == 0:
                 row = {name: float(value) for name, value in metrics.items()}
                 if not math.isfinite(row['loss']):
                     raise ValueError(f'the loss of {stage} is {row["loss"]} at step {done}: lower its learning rate '
                                      'or fit.clip_norm. The last checkpoint is kept.')
                 writer.write(stage, done, {**row, 'epoch': done / train.steps_per_epoch}, iteration=iteration)
-                bar.update(done - bar.count, loss=row['loss'])
+                bar.update(0, loss=row['loss'])
             if heldout and (last or done % config.logging.heldout_every_steps == 0):
                 quality = learner.evaluate_loss(predict, state.params, heldout, experiment.distribution)
                 writer.write(stage, done, {'heldout_loss': quality.loss, 'heldout_accuracy': quality.accuracy,

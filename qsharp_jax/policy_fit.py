@@ -108,13 +108,14 @@ def train(experiment: Experiment, method: str, learning_rate: float) -> Trained:
             for batch in batches:
                 state, metrics = update(state, asked, sharding.shard_batch(experiment.mesh, batch))
             before, done, last = number * source.steps, (number + 1) * source.steps, number + 1 == source.rounds
+            bar.update(source.steps)
             if last or _crosses(before, done, config.logging.every_steps):
                 row |= {key: float(value) for key, value in metrics.items()}
                 if not math.isfinite(row['loss']):
                     raise ValueError(f'the loss of {method} is {row["loss"]} at step {done}: lower its learning rate, '
                                      f'{learning_rate:g}, or baselines.clip_norm.')
                 writer.write(stage, done, row)
-                bar.update(done - bar.count, loss=row['loss'])
+                bar.update(0, loss=row['loss'])
             if curve.wanted(number + 1, last):
                 writer.write(stage, done, {**curve.measure(state.params), 'answers': row['answers']})
             if not last and _crosses(before, done, config.fit.checkpoint_every_steps):

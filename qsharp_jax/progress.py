@@ -26,6 +26,7 @@ class Bar:
         self._name, self._total, self._unit, self._stream = name, total, unit, stream
         self._first = initial
         self._began = self._said = time.monotonic()
+        self._compiled: tuple[int, float] | None = None  # count and time when the first part was done
         self._stats: dict[str, float] = {}
         self._tqdm = tqdm.tqdm(
             desc=name, total=total, unit=f' {unit}', initial=initial, file=stream, dynamic_ncols=True,
@@ -35,6 +36,8 @@ class Bar:
         """Adds `n`; the latest of each of `stats` is shown beside the count."""
         self.count += n
         self._stats.update(stats)
+        if n and self._compiled is None:
+            self._compiled = self.count, time.monotonic()
         if self._tqdm is not None:
             self._tqdm.set_postfix({name: f'{value:.3g}' for name, value in self._stats.items()}, refresh=False)
             self._tqdm.update(n)
@@ -49,12 +52,17 @@ class Bar:
             self._say(f'done in {duration(time.monotonic() - self._began)}, {memory()}')
 
     def _ahead(self) -> str:
-        """Returns rate and time left, or the time so far while nothing is done."""
-        seconds = time.monotonic() - self._began
-        done = self.count - self._first
-        if done <= 0:
-            return f'{duration(seconds)} so far'
-        rate = done / seconds
+        """Returns rate and time left, or the time so far while nothing is done.
+
+        The rate is that since the first part was done, which is what compiles, as soon as there is a second.
+        """
+        count, began = self._first, self._began
+        if self._compiled is not None and self.count > self._compiled[0]:
+            count, began = self._compiled
+        seconds = time.monotonic() - began
+        if self.count <= count or not seconds:
+            return f'{duration(time.monotonic() - self._began)} so far'
+        rate = (self.count - count) / seconds
         return f'{rate:.3g} {self._unit}/s, {duration((self._total - self.count) / rate)} left'
 
     def _say(self, timing: str) -> None:

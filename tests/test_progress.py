@@ -58,6 +58,17 @@ def test_the_rate_leaves_out_what_was_done_before(clock: list[float]) -> None:
     assert '60/100 steps (60%), 1 steps/s, 40 s left' in stream.getvalue()
 
 
+def test_the_rate_leaves_out_what_the_first_part_took_to_compile(clock: list[float]) -> None:
+    stream = io.StringIO()
+    with progress.bar('fit', total=100, unit='steps', initial=10, stream=stream) as bar:
+        for second in (30, 31, 42):
+            clock[0] = second
+            bar.update(1)
+    first, second = stream.getvalue().splitlines()[:2]
+    assert first == 'fit: 11/100 steps (11%), 0.0333 steps/s, 44 min 30 s left'
+    assert second == 'fit: 13/100 steps (13%), 0.167 steps/s, 8 min 42 s left'
+
+
 def test_nothing_done_yet_has_no_rate(clock: list[float]) -> None:
     stream = io.StringIO()
     with progress.bar('fit', total=4, unit='steps', stream=stream) as bar:

@@ -208,12 +208,13 @@ def _train(config: ml_collections.ConfigDict, shape: TransformerConfig, start: P
             batch = jax.tree.map(lambda leaf: leaf[chosen], corpus)
             state, loss = step_fn(state, sharding.shard_batch(mesh, batch))
             done = step + 1
+            bar.update(1)
             if done == pretrain.steps or done % config.logging.every_steps == 0:
                 if not math.isfinite(loss):
                     raise ValueError(f'the loss of the pre-training is {float(loss)} at step {done}: lower '
                                      'reference.pretrain.learning_rate or reference.pretrain.clip_norm.')
                 writer.write(STAGE, done, {'loss': float(loss)})
-                bar.update(done - bar.count, loss=float(loss))
+                bar.update(0, loss=float(loss))
             if done < pretrain.steps and done % config.fit.checkpoint_every_steps == 0:
                 saved.save(done, state, {})
     saved.close()
