@@ -143,6 +143,8 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.baselines.epochs = 4.0
     config.eval.each_iteration = True  # all methods have as many answers
     config.eval.methods = ('cd', 'fudge', 'qsharp')
+    config.eval.select_examples = 500
+    config.eval.every_eta = False
 
 
 def _paper(config: ml_collections.ConfigDict) -> None:
