@@ -10,6 +10,7 @@ import fnmatch
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 
 from qsharp_jax import checkpoint
@@ -21,7 +22,8 @@ from qsharp_jax.metrics import read_rows, replace_text
 # What roll-outs depend on; the reward and all that comes after them may differ.
 _DRAWN_BY = ('seed', 'task.*', 'reference.*', 'sampling.*', 'collect.examples', 'collect.samples', 'collect.cut',
              'collect.budget', 'collect.block_examples')
-_WHEREVER = ('task.data_dir', 'task.*.folder', 'task.math.test_folder', 'reference.scan_layers')
+_WHEREVER = ('task.data_dir', 'task.*.folder', 'task.math.test_folder', 'reference.scan_layers',
+             'reference.pretrain.run')
 
 
 def adopt(parts: Experiment, source: Path, iterations: int = 0) -> str:
@@ -41,7 +43,7 @@ def adopt(parts: Experiment, source: Path, iterations: int = 0) -> str:
     if not path.exists():
         raise ValueError(f'--relabel_from {source} holds no run: it has no config.json.')
     other = config_lib.from_json(path.read_text())
-    _check_drawn_alike(parts, source, config_lib.flatten(other))
+    _check_drawn_alike(parts, source, other)
     manifest = Manifest(source / 'dataset')
     shards = manifest.upto(min(parts.config.iterations, iterations or parts.config.iterations))
     if not shards:
@@ -78,10 +80,15 @@ def _adopt_answers(parts: Experiment, source: Path) -> None:
             replace_text(target, path.read_text(encoding='utf-8'))
 
 
-def _check_drawn_alike(parts: Experiment, source: Path, old: dict[str, object]) -> None:
-    new = config_lib.flatten(parts.config)
-    differ = [f'{key} was {old[key]!r}, now {new[key]!r}' for key in new
-              if old[key] != new[key] and _matches(key, _DRAWN_BY) and not _matches(key, _WHEREVER)]
+def drawn_otherwise(theirs: ml_collections.ConfigDict, ours: ml_collections.ConfigDict) -> list[str]:
+    """Returns, in words, each key of which roll-outs depend and that two runs have otherwise."""
+    old, new = config_lib.flatten(theirs), config_lib.flatten(ours)
+    return [f'{key} was {old[key]!r}, now {new[key]!r}' for key in new
+            if old[key] != new[key] and _matches(key, _DRAWN_BY) and not _matches(key, _WHEREVER)]
+
+
+def _check_drawn_alike(parts: Experiment, source: Path, other: ml_collections.ConfigDict) -> None:
+    differ = drawn_otherwise(other, parts.config)
     if differ:
         raise ValueError(f'--relabel_from {source} has roll-outs that this run would not draw: {"; ".join(differ)}. '
                          'Give these keys the values they had.')
