@@ -208,7 +208,9 @@ def collect() -> ml_collections.ConfigDict:
     config.examples = 0  # training prompts used in each iteration; 0: all
     config.samples = 16  # answers a prompt, in each iteration
     config.eta = 0.1  # KL coefficient of the roll-in policy, from the second iteration on
-    config.cut = 'uniform'  # last guided token: 'uniform' over the answer | 'start' (its first token)
+    # Last guided token: 'uniform' over the answer | 'start', its first token | 'guided', the first token of what the
+    # reference writes, which is the first iteration, and 'uniform' from the second on.
+    config.cut = 'uniform'
     # Length allowed to a roll-out: 'total': kept prefix and continuation share sampling.max_new_tokens |
     # 'fresh': the continuation has sampling.max_new_tokens of its own.
     config.budget = 'total'

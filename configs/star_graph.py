@@ -130,6 +130,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.reference.pretrain.learning_rate = 4e-3
     config.reference.pretrain.warmup_steps = 100
     config.sampling.max_new_tokens = length + 3
+    config.collect.cut = 'guided'  # a uniform cut leaves the first step, which decides, to a third of the answers
     # At a candidate the trunk expects the node behind it, and each look ahead one more: from the first step to the end.
     config.value.lookahead = length - 3
     config.value.extra_layers = 2
@@ -137,6 +138,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.fit.optimizer = 'muon'
     config.fit.epochs = 4.0
     config.fit.warmup_steps = 100
+    config.fit.learning_rate = 1e-2
     config.fit.learning_rate_factors = (0.3, 1.0)  # as many rates as the policies have
     config.baselines.methods = BASELINES
     config.baselines.value_on_pairs = True

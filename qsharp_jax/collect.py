@@ -46,10 +46,11 @@ def collect_iteration(experiment: Experiment, iteration: int, value_params: Para
     prompts = experiment.prompts('train')
     which = choose_examples(config, prompts, iteration)
     writer = DatasetWriter(experiment.dataset_dir)
+    drawn_by = experiment.rollout(iteration)
     how = decoding.Guidance() if iteration == 1 else experiment.guidance(config.guidance.offset)
     eta = np.inf if iteration == 1 else collect.eta
     meta = {
-        'eta': float(eta), 'sampler': dict(config.sampling), 'budget': collect.budget, 'cut': collect.cut,
+        'eta': float(eta), 'sampler': dict(config.sampling), 'budget': collect.budget, 'cut': drawn_by.cut,
         'policy': experiment.value_digest(iteration - 1) if iteration > 1 else 'reference',
     }
     policies = experiment.policies([eta], [config.sampling.temperature])
@@ -64,7 +65,7 @@ def collect_iteration(experiment: Experiment, iteration: int, value_params: Para
             else:
                 # Made for the first block that is missing: rows and their caches take memory.
                 queue = queue or experiment.queue(
-                    how, experiment.decoding_params(value_params), rollout.RollingOut(experiment.rollout), prompts,
+                    how, experiment.decoding_params(value_params), rollout.RollingOut(drawn_by), prompts,
                     collect.batch_rows, config.seed, iteration)
                 drawn = queue.draw(block, collect.samples, policies,
                                    lambda count, occupancy: bar.update(count, occupancy=occupancy))

@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     'guidance.outside': ('zero', 'remove', 'min', 'mean', 'average', 'soft_bellman'),
     'guidance.order': ('paper', 'after_sampler'),
     'guidance.offset': ('qsharp', 'cd', 'fudge'),
-    'collect.cut': ('uniform', 'start'),
+    'collect.cut': ('uniform', 'start', 'guided'),
     'collect.budget': ('total', 'fresh'),
     'reward_options.on_error': ('stop', 'abstain'),
     'fit.optimizer': ('adamw', 'muon'),

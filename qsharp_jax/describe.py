@@ -54,7 +54,7 @@ def plan(parts: Experiment) -> str:
     trunk = value_lib.trunk_config(parts.value_config, parts.value_shape)
     reference, fitted = _shapes(parts)
     made, prompts, width = training_prompts(parts)
-    slots = width + parts.rollout.buffer
+    slots = width + parts.rollout().buffer
     rows = max(config.collect.batch_rows, config.eval.batch_rows)
     shards = sharding.batch_shards(mesh)
     parameters = {

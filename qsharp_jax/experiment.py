@@ -72,11 +72,13 @@ class Experiment:
     role: str = 'value'
     splits: dict[str, Prompts] = dataclasses.field(default_factory=dict)
 
-    @functools.cached_property
-    def rollout(self) -> RolloutConfig:
-        """How units are drawn."""
-        collect = self.config.collect
-        return RolloutConfig(self.config.sampling.max_new_tokens, cut=collect.cut, budget=collect.budget)
+    def rollout(self, iteration: int | None = None) -> RolloutConfig:
+        """Returns how the units of an iteration are drawn; None is the last one, whose answers may be longest."""
+        config = self.config
+        cut = config.collect.cut
+        if cut == 'guided':
+            cut = 'start' if (iteration or config.iterations) == 1 else 'uniform'
+        return RolloutConfig(config.sampling.max_new_tokens, cut=cut, budget=config.collect.budget)
 
     def guidance(self, method: str) -> decoding.Guidance:
         """Returns the guidance of a method (`categorical.METHODS`) by the value network."""
@@ -259,7 +261,7 @@ def load(parts: Experiment) -> Experiment:
                          'asked: lower it, or enlarge the split.')
     _check_warmup(parts.config, asked or len(prompts))
     tokenizer_pairs.warn(parts.tokenizer_differences)
-    needed = units.prompt_width(prompts) + parts.rollout.buffer
+    needed = units.prompt_width(prompts) + parts.rollout().buffer
     most = min(parts.reference_config.max_positions, parts.value_shape.max_positions)
     if needed > most:
         who = 'reference' if most == parts.reference_config.max_positions else 'value network'

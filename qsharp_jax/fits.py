@@ -123,9 +123,9 @@ def hours(parts: Experiment, sizes: Sizes, seconds: Mapping[str, float]) -> str:
     longest = config.sampling.max_new_tokens
     # A roll-in is cut in its middle, on average; then a roll-out has what is left, or a length of its own.
     again = 1.0 if config.collect.budget == 'fresh' else 0.5
-    tokens = longest * (1 + again if config.collect.cut == 'uniform' else 1)
-    later = drawn.collected - drawn.once
-    collecting = (drawn.once * seconds[_ALONE] + later * seconds[_STEP]) * tokens / sizes.rows
+    first, later = (longest * (1 + again if parts.rollout(iteration).cut == 'uniform' else 1) for iteration in (1, 2))
+    collecting = (drawn.once * first * seconds[_ALONE]
+                  + (drawn.collected - drawn.once) * later * seconds[_STEP]) / sizes.rows
     evaluating = (drawn.unguided * seconds[_ALONE] + drawn.guided * seconds[_STEP]) * longest / sizes.rows
     steps = (drawn.fitted * config.fit.epochs * len(config.fit.learning_rate_factors)
              / (config.fit.batch_size * config.fit.samples_per_row))
@@ -137,7 +137,7 @@ def hours(parts: Experiment, sizes: Sizes, seconds: Mapping[str, float]) -> str:
 
 def sizes_of(parts: Experiment) -> Sizes:
     """Returns the shapes that a run's config leads to; its longest prompts are those of the task, or as configured."""
-    config, buffer = parts.config, parts.rollout.buffer
+    config, buffer = parts.config, parts.rollout().buffer
     _, _, width = describe.training_prompts(parts)
     rows = config.collect.batch_rows
     # The most that answers can take. Shorter ones are laid into fewer rows.

@@ -152,7 +152,7 @@ def decoding_programs(parts: Experiment, sizes: Sizes, guided: bool = True) -> D
       TooLarge: one of them does not fit.
     """
     split, whole = sharding.batch_sharding(parts.mesh), sharding.replicated(parts.mesh)
-    task = rollout.RollingOut(parts.rollout)
+    task = rollout.RollingOut(parts.rollout())
     how = parts.guidance(parts.config.guidance.offset) if guided else decoding.Guidance()
     networks = parts.reference, how.value, reference_params(parts), parts.decoding_target if guided else None
     vacant = compile_(lambda: decoding.vacant.lower(

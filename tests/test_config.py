@@ -175,7 +175,7 @@ def test_every_number_has_a_range_and_every_rule_a_key() -> None:
 
 @pytest.mark.parametrize('key, choices', [
     ('collect.budget', rollout.BUDGETS),
-    ('collect.cut', rollout.CUTS),
+    ('collect.cut', (*rollout.CUTS, 'guided')),
     ('baselines.methods', tuple(policies.METHODS)),
     ('baselines.optimizer', optimizers.OPTIMIZERS),
     ('baselines.schedule', optimizers.SCHEDULES),

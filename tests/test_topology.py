@@ -102,8 +102,10 @@ def test_layers_are_scanned_where_that_was_measured_to_be_better(tmp_path: Path)
 
 
 @pytest.mark.parametrize('cut, budget, tokens', [
-    ('uniform', 'total', 1.5), ('uniform', 'fresh', 2), ('start', 'total', 1)])
-def test_hours_are_steps_by_their_least_times(cut: str, budget: str, tokens: float, tmp_path: Path) -> None:
+    ('uniform', 'total', (1.5, 1.5)), ('uniform', 'fresh', (2, 2)), ('start', 'total', (1, 1)),
+    ('guided', 'total', (1, 1.5))])
+def test_hours_are_steps_by_their_least_times(
+        cut: str, budget: str, tokens: tuple[float, float], tmp_path: Path) -> None:
     config = published(
         tmp_path, iterations=3, collect__examples=30, collect__samples=4, collect__cut=cut, collect__budget=budget,
         collect__batch_rows=8, sampling__max_new_tokens=10, fit__epochs=2.0, fit__batch_size=2, fit__samples_per_row=2,
@@ -112,7 +114,7 @@ def test_hours_are_steps_by_their_least_times(cut: str, budget: str, tokens: flo
     parts = experiment.outline(config, tmp_path / 'run', sharding.make_mesh(**config.mesh))
     seconds = {fits._ALONE: 36.0, fits._STEP: 360.0, fits._FIT: 3600.0}
     # 120 answers an iteration in 8 rows; each is in all later fits; three networks at two etas; the reference twice.
-    collecting = tokens * 10 * 15 * (0.01 + 2 * 0.1)
+    collecting = 10 * 15 * (tokens[0] * 0.01 + tokens[1] * 2 * 0.1)
     fitting = 120 * (1 + 2 + 3) * 2 / 4
     evaluating = 10 / 8 * 14 * (2 * 0.01 + 3 * 2 * 0.1)
     said = fits.hours(parts, fits.sizes_of(parts), seconds)
