@@ -130,6 +130,10 @@ def reference() -> ml_collections.ConfigDict:
     # the model copies it from the prompt, so that its wrong paths are no arms of the graph.
     config.pretrain.random_arm_share = 0.0
     config.pretrain.steps = 23_000  # gradient steps
+    # The first of them are on graphs cut down to so many arms of so many nodes, of which looking up is learned sooner.
+    config.pretrain.curriculum_steps = 0
+    config.pretrain.curriculum_degree = 2
+    config.pretrain.curriculum_path_length = 5
     config.pretrain.batch_size = 256  # sequences a step
     config.pretrain.optimizer = 'adamw'  # 'adamw' | 'muon'
     config.pretrain.learning_rate = 2.5e-4

@@ -74,6 +74,9 @@ _AT_LEAST: dict[str, int] = {
     'reference.transformer.kv_heads': 1,
     'reference.transformer.mlp_width': 1,
     'reference.pretrain.steps': 1,
+    'reference.pretrain.curriculum_steps': 0,
+    'reference.pretrain.curriculum_degree': 1,
+    'reference.pretrain.curriculum_path_length': 2,
     'reference.pretrain.batch_size': 1,
     'reference.pretrain.weight_decay': 0,
     'reference.pretrain.clip_norm': 0,
@@ -201,6 +204,10 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
         yield (f"config.guidance.epsilon_cutoff is {keys['guidance.epsilon_cutoff']:g}, and config.guidance.order is "
                "'after_sampler', in which every token that the sampler leaves is a candidate: cut with "
                'config.sampling.top_p, or set it to 0.')
+    if keys['reference.pretrain.curriculum_steps'] >= keys['reference.pretrain.steps']:
+        yield (f"config.reference.pretrain.curriculum_steps is {keys['reference.pretrain.curriculum_steps']}, and "
+               f"config.reference.pretrain.steps, of which these are the first, {keys['reference.pretrain.steps']}: "
+               'leave some for whole graphs.')
     if (keys['value.init'] in ('reference', 'pretrained')) != (keys['value.layers'] == 0):
         yield (f"config.value.init is {keys['value.init']!r} and config.value.layers is {keys['value.layers']}: "
                "'reference' and 'pretrained' copy every layer and take 0; 'truncate' and 'scratch' need a number of "

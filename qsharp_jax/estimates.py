@@ -142,12 +142,15 @@ def bounds(config: ml_collections.ConfigDict, workdir: Path, shares: bool) -> Bo
     by_value = (drawn.guided + drawn.collected - drawn.once) * longest * (1 + config.guidance.candidates)
     rates = len(config.fit.learning_rate_factors)
     read = rates * drawn.fitted * (width + longest) * config.fit.epochs
+    # Of the reference and of each method at its chosen eta: what the value network says of them, and both references.
+    chosen = (1 + len(config.eval.methods)) * on_splits[config.eval.split] if config.eval.split in on_splits else 0
+    scored, compared = chosen * config.eval.reward_model, 2 * chosen * bool(config.value.run)
     # Each group of answers has its prompt once, and a prompt is prefilled once for all of its answers, at most.
     prefilled = (collected + evaluated) * width
     pretrained = config.reference.source == 'pretrain' and not config.reference.pretrain.run
     texts = beside.passes + pretrained * PASSES * config.reference.pretrain.steps * config.reference.pretrain.batch_size
-    flops = ((written + prefilled + texts * (width + longest)) * of_reference
-             + (by_value + prefilled + PASSES * read) * of_value)
+    flops = ((written + prefilled + (texts + compared) * (width + longest)) * of_reference
+             + (by_value + prefilled + PASSES * read + scored * (width + longest)) * of_value)
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts.value_target))
     networks = (config.iterations + len(own_cd) + on_pairs) * fits_here
     shapes = transformer.param_shapes(parts.reference_config)

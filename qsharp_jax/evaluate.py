@@ -29,6 +29,8 @@ from qsharp_jax.types import Params
 Row = dict[str, Any]
 Divergence = Callable[[Prompts, Drawn], np.ndarray]  # KL of each answer, nats  # [N]
 
+TO_FIRST = 'kl_to_first_reference'
+
 _FORMAT = 3  # of the blocks' rows
 
 
@@ -234,7 +236,8 @@ def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float, seed: int
       (`ledger.Work`, and seconds) is given for each answer and for each right one: all of it over the right ones.
       Of k answers, `maj@k` is what the class with most of them earns; where a value network has scored them (`score`),
       `best_of_k` is what the one with the highest score earns, and `weighted_maj@k` what the class with the highest sum
-      of scores above `v_min` does; otherwise these are None.
+      of scores above `v_min` does; otherwise these are None. Where answers have a `kl_to_first_reference`
+      (`first_reference`), the row has their mean.
     """
     table = by_example(rows, v_min)
     earned, kl = table['reward'], table['kl']
@@ -242,10 +245,12 @@ def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float, seed: int
     mean, error = estimators.mean_and_se(earned)
     at_k, at_k_error = estimators.pass_at_k(earned >= v_max, k)
     kl_mean, kl_error = estimators.mean_and_se(kl)
+    to_first = {} if table[TO_FIRST] is None else dict(
+        zip((TO_FIRST, f'{TO_FIRST}_se'), estimators.mean_and_se(table[TO_FIRST]), strict=True))
     chosen = _chosen(table, k, v_min, seed)
     return {
         'pass@1': mean, 'pass@1_se': error, 'pass@k': at_k, 'pass@k_se': at_k_error, **chosen, 'k': k,
-        'kl': kl_mean, 'kl_se': kl_error,
+        'kl': kl_mean, 'kl_se': kl_error, **to_first,
         'kl_per_token': float(kl.sum() / sum(len(row['tokens']) for row in rows)),
         'truncated': float(np.mean([row['truncated'] for row in rows])),
         'abstained': float(np.mean([row['reward'] is None for row in rows])),
@@ -288,21 +293,25 @@ def _costs(rows: Sequence[Row], right: int) -> Row:
 def by_example(rows: Sequence[Row], v_min: float) -> dict[str, Any]:
     """Returns one policy's rows by id.
 
-    {'id': [N], 'reward': [N, M], 'kl': [N, M], 'text' and 'vote': N lists of M, 'score': [N, M], or None unless every
-    row has one}.
+    {'id': [N], 'reward': [N, M], 'kl': [N, M], 'text' and 'vote': N lists of M, 'score' and 'kl_to_first_reference':
+    [N, M], or None unless every row has one}.
     """
     grouped: dict[int, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row['id'], row['sample'])):
         grouped.setdefault(row['id'], []).append(row)
     members = list(grouped.values())
-    scored = all('score' in row for row in rows)
+
+    def found(name: str) -> np.ndarray | None:
+        return np.array([[row[name] for row in group] for group in members], np.float64) if all(
+            name in row for row in rows) else None
+
     return {
         'id': list(grouped),
         'reward': np.array([[v_min if row['reward'] is None else row['reward'] for row in group] for group in members]),
         'kl': np.array([[row['kl'] for row in group] for group in members]),
         'text': [[row['text'].strip() for row in group] for group in members],
         'vote': [[row['vote'] for row in group] for group in members],
-        'score': np.array([[row['score'] for row in group] for group in members], np.float64) if scored else None,
+        'score': found('score'), TO_FIRST: found(TO_FIRST),
     }
 
 

@@ -1,7 +1,8 @@
 """Numbers that a run leaves behind: training curves and the table of results."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 import time
 from typing import Any
 
+import numpy as np
 import tensorboardX
 
 Row = dict[str, Any]
@@ -139,6 +141,16 @@ def replace_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def kept_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Returns the array in a file, which is made first where there is none."""
+    if not path.exists():
+        content = io.BytesIO()
+        np.save(content, make())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_bytes(path, content.getvalue())
+    return np.asarray(np.load(path))
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

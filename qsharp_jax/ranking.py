@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import hashlib
-import io
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from qsharp_jax.data.dataset import common_prefix, Rollout
 from qsharp_jax.data.packing import FitBatches
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.experiment import Experiment
-from qsharp_jax.metrics import replace_bytes
+from qsharp_jax.metrics import kept_array
 from qsharp_jax.types import Params
 
 Row = dict[str, Any]
@@ -32,12 +31,10 @@ class _Answers:
         self.cuts = self.lengths[:, 1] - 1
         self.rewards = np.full(len(rows), filler)
         prefix = self._prompts[0]
-        digest = hashlib.sha256()
-        for prompt, tokens in zip(self._prompts, self._tokens, strict=True):
+        for prompt in self._prompts:
             prefix = prefix[:common_prefix(prefix, prompt)]
-            digest.update(f'{len(prompt)} {len(tokens)} '.encode() + prompt.tobytes() + tokens.tobytes())
         self.shared_prefix = len(prefix)
-        self.digest = digest.hexdigest()
+        self.digest = digest_of(prompts, rows)
 
     @property
     def examples(self) -> np.ndarray:
@@ -48,6 +45,16 @@ class _Answers:
         """Returns these answers, each with its number as the id by which `FitBatch.examples` knows it."""
         return [Rollout(0, int(i), 0, self._prompts[i], self._tokens[i], int(self.cuts[i]), True, False)
                 for i in indices]
+
+
+def digest_of(prompts: Prompts, rows: Sequence[Row]) -> str:
+    """Returns what names answers and their prompts, by their ids and order."""
+    place = {int(example): index for index, example in enumerate(prompts.ids)}
+    digest = hashlib.sha256()
+    for row in rows:
+        prompt, tokens = (np.asarray(ids, np.int32) for ids in (prompts.tokens[place[row['id']]], row['tokens']))
+        digest.update(f'{len(prompt)} {len(tokens)} '.encode() + prompt.tobytes() + tokens.tobytes())
+    return digest.hexdigest()
 
 
 def end_values(experiment: Experiment, iteration: int, params: Params, prompts: Prompts,
@@ -63,12 +70,14 @@ def end_values(experiment: Experiment, iteration: int, params: Params, prompts: 
       prompts: of the split.
       rows: of `evaluate.samples_of`, at least one.
     """
-    answers = _Answers(prompts, rows, experiment.distribution.v_min)
-    name = hashlib.sha256(f'{answers.digest} {experiment.value_digest(iteration)}'.encode()).hexdigest()[:16]
-    path = experiment.workdir / 'samples' / 'end_values' / f'{name}.npy'
-    if path.exists():
-        return np.load(path)
-    config = experiment.config.fit
+    identity = f'{digest_of(prompts, rows)} {experiment.value_digest(iteration)}'
+    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return kept_array(experiment.workdir / 'samples' / 'end_values' / f'{name}.npy',
+                      lambda: _end_values(experiment, params, prompts, rows))
+
+
+def _end_values(experiment: Experiment, params: Params, prompts: Prompts, rows: Sequence[Row]) -> np.ndarray:
+    answers, config = _Answers(prompts, rows, experiment.distribution.v_min), experiment.config.fit
     batches = FitBatches(answers, config.batch_size, config.samples_per_row, 0,
                          rows_divisible_by=sharding.batch_shards(experiment.mesh))
     predict = learner.make_predict(fit.scores_fn(experiment), experiment.distribution)
@@ -80,8 +89,4 @@ def end_values(experiment: Experiment, iteration: int, params: Params, prompts: 
             last = np.asarray(batch.weights) > 0
             found[np.asarray(batch.examples)[last]] = mean[last]
             bar.update(int(last.sum()))
-    content = io.BytesIO()
-    np.save(content, found)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_bytes(path, content.getvalue())
     return found

@@ -18,7 +18,7 @@ from qsharp_jax import estimates, plans, results, star_graph_records, train
 from qsharp_jax.baselines import pretraining
 from qsharp_jax.categorical import METHODS
 from qsharp_jax.config import Overrides
-from qsharp_jax.evaluate import Evaluated
+from qsharp_jax.evaluate import Evaluated, TO_FIRST
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.plans import Job
 from qsharp_jax.progress import duration
@@ -72,6 +72,8 @@ class Planned:
         scored = any(row['scored_by'] is not None for row in rows if 'scored_by' in row)
         if self.config.eval.reward_model and not scored:
             lacking.append('scores of answers')
+        if self.config.value.run and not any(TO_FIRST in row for row in rows):
+            lacking.append('KL to the first reference')
         return list(dict.fromkeys(lacking))
 
     def _evaluated(self, plan: results.Plan) -> Iterator[tuple[str, Evaluated]]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qsharp_jax import estimators, evaluate, ranking
+from qsharp_jax import estimators, evaluate, first_reference, ranking
 from qsharp_jax.categorical import METHODS
 from qsharp_jax.evaluate import Divergence, Evaluated, Row
 from qsharp_jax.experiment import Experiment
@@ -139,15 +139,31 @@ class Evaluation:
           iteration: that the network is of.
           values: its parameters.
         """
+        split, chosen, rows = self._chosen_answers()
+        if chosen:
+            scores = ranking.end_values(self._parts, iteration, values, self._parts.prompts(split), rows)
+            for row, score in zip(rows, scores, strict=True):
+                row['score'] = float(score)
+            self._results.add([self._row(evaluated, split, scored_by=iteration) for evaluated in chosen])
+
+    def compare_first(self, iteration: int) -> None:
+        """Adds the KL to the reference that a borrowed network was fitted for to results.jsonl, for the same answers.
+
+        Args:
+          iteration: of the network.
+        """
+        split, chosen, rows = self._chosen_answers()
+        if chosen:
+            ratios = first_reference.log_ratios(self._parts, iteration, self._parts.prompts(split), rows)
+            for row, ratio in zip(rows, ratios, strict=True):
+                row[evaluate.TO_FIRST] = row['kl'] + float(ratio)
+            self._results.add([self._row(evaluated, split) for evaluated in chosen])
+
+    def _chosen_answers(self) -> tuple[str, list[Evaluated], list[Row]]:
+        """Returns the evaluated split, the policies that `rank` means, and their answers."""
         split = self._parts.config.eval.split
         chosen = [evaluated for (_, where), evaluated in self._chosen.items() if where == split]
-        if split not in self._plan.splits or not chosen:
-            return
-        rows = [row for evaluated in chosen for row in self._answers[split, evaluated]]
-        scores = ranking.end_values(self._parts, iteration, values, self._parts.prompts(split), rows)
-        for row, score in zip(rows, scores, strict=True):
-            row['score'] = float(score)
-        self._results.add([self._row(evaluated, split, scored_by=iteration) for evaluated in chosen])
+        return split, chosen, [row for evaluated in chosen for row in self._answers[split, evaluated]]
 
     def beside(self, parts: Experiment) -> Evaluation:
         """Returns the evaluation of networks in another work directory, which are compared with the reference here.

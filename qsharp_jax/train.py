@@ -16,7 +16,7 @@ import ml_collections
 
 from qsharp_jax import baseline_runs, checkpoint, collect
 from qsharp_jax import config as config_lib
-from qsharp_jax import describe, experiment, fit, fits, progress, relabel, report, sharding
+from qsharp_jax import describe, experiment, first_reference, fit, fits, progress, relabel, report, sharding
 from qsharp_jax import topology as topology_lib
 from qsharp_jax.categorical import METHODS
 from qsharp_jax.data import prompts as prompts_lib
@@ -76,6 +76,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
         with timed(directory, f'evaluate {iteration}'):
             evaluation.run(iteration, values, own, methods=methods)
     if networks:
+        with timed(directory, 'compare references'):
+            evaluation.compare_first(networks[-1][0])
         if config.eval.reward_model:
             with timed(directory, 'score answers'):
                 evaluation.rank(networks[-1][0], networks[-1][1])
@@ -131,6 +133,7 @@ def borrowed(parts: Experiment) -> list[tuple[int, Params, Params, tuple[str, ..
         checkpoint.check_value_meta(meta, of.value_meta(), allow_other=True)
         return values
 
+    first_reference.outline(parts)  # refused now rather than when its answers are there
     last = max(finished)
     others = tuple(method for method in config.eval.methods if method != 'qsharp')
     values = network(parts, last)

@@ -132,6 +132,7 @@ def test_wrong_types_are_refused_in_words(key: str, text: str) -> None:
     ({'task.arithmetic.two_digit_share': '2'}, 'two_digit_share is 2'),
     ({'reference.pretrain.random_arm_share': '-1'}, 'random_arm_share is -1'),
     ({'eval.samples': '2'}, 'a vote needs that many answers'),
+    ({'reference.pretrain.curriculum_steps': '23000'}, 'leave some for whole graphs'),
     ({'mesh.fsdp': '-1'}, 'only one may be -1'),
     ({'mesh.tensor': '0'}, 'every size must be at least 1'),
     ({'reference.transformer.kv_heads': '4'}, 'must divide heads'),

@@ -13,6 +13,7 @@ import pytest
 from qsharp_jax.data import arithmetic, builders, star_graph, tokenizers
 from qsharp_jax.data.arithmetic import ArithmeticConfig
 from qsharp_jax.data.star_graph import StarGraphConfig
+from qsharp_jax.data.star_graph_text import parse_question, right_path
 
 SIZES = {'train_examples': 40, 'validation_examples': 10, 'test_examples': 20}
 GRAPHS = {'pretrain_examples': 60, **SIZES}
@@ -129,6 +130,22 @@ def test_random_paths_are_arms_and_take_each_alike():
     question, rng = '1,2|7,3|3,9|7,1|7,5|5,4/7,9=', np.random.default_rng(0)
     counts = collections.Counter(star_graph.random_path(question, rng) for _ in range(600))
     assert set(counts) == {'7,1,2', '7,3,9', '7,5,4'} and min(counts.values()) > 150
+
+
+def test_a_smaller_graph_has_some_of_the_arms_and_their_first_edges():
+    question, rng = '1,2|7,3|3,9|7,1|2,6|7,5|5,4|4,8|9,0/7,0=', np.random.default_rng(0)
+    arms = [[7, 1, 2, 6], [7, 3, 9, 0], [7, 5, 4, 8]]
+    drawn = collections.Counter(star_graph.smaller(question, 2, 3, rng) for _ in range(600))
+    assert len(drawn) == 3 * 2 and min(drawn.values()) > 60  # two of three arms, and either of them right
+    for text, answer in drawn:
+        edges, start, goal = parse_question(text)
+        path = right_path(text)
+        assert start == 7 and len(edges) == 4 and answer == ','.join(map(str, path))
+        assert path in [arm[:3] for arm in arms] and path[-1] == goal
+        places = [parse_question(question)[0].index(edge) for edge in edges]
+        assert places == sorted(places)
+    whole, answer = star_graph.smaller(question, 5, 9, rng)  # nothing to cut
+    assert whole.split('/')[0] == question.split('/')[0] and [*map(int, answer.split(','))] in arms
 
 
 def test_star_graph_texts_are_made_of_its_vocabulary(tmp_path):

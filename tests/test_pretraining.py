@@ -117,6 +117,28 @@ def test_it_learns_and_goes_on_from_a_checkpoint(data: Path, tmp_path: Path, mon
     jax.tree.map(np.testing.assert_array_equal, params, read)
 
 
+def test_the_first_steps_may_be_on_smaller_graphs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {'reference__pretrain__steps': 5, 'reference__pretrain__curriculum_steps': 3,
+               'reference__pretrain__curriculum_degree': 1, 'reference__pretrain__curriculum_path_length': 2,
+               'task__star_graph__pretrain_examples': 16, 'fit__checkpoint_every_steps': 1}
+    seen: list[np.ndarray] = []
+    shard = sharding.shard_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, 'shard_batch', lambda mesh, batch: (seen.append(batch.tokens), shard(mesh, batch))[1])
+        params, digest = trained(data, tmp_path / 'both', **changes)
+    # a b / a b = a b end, and then G(2, 3).
+    assert [tokens.shape for tokens in seen] == [(16, 9)] * 3 + [(16, 19)] * 2
+    assert all((one[:, :2] == one[:, 3:5]).all() and (one[:, :2] == one[:, 6:8]).all() for one in seen[:3])
+    whole, other = trained(data, tmp_path / 'whole', **{**changes, 'reference__pretrain__curriculum_steps': 0})
+    assert other != digest
+    # What plays no part is no part of the recipe.
+    _, same = trained(data, tmp_path / 'same', **{
+        **changes, 'reference__pretrain__curriculum_steps': 0, 'reference__pretrain__curriculum_degree': 2})
+    assert same == other
+    assert float(max(np.abs(one - two).max() for one, two in zip(
+        jax.tree.leaves(params), jax.tree.leaves(whole), strict=True))) > 0
+
+
 def test_a_loss_that_is_no_number_stops_it_in_words(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='the loss of the pre-training is (nan|inf) at step .* lower .*learning_rate'):
         trained(data, tmp_path, reference__pretrain__learning_rate=1e30)

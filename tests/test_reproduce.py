@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsharp_jax import checkpoint, config, estimates, estimators, evaluate, ranking, reproduce, rollout, train
+from qsharp_jax import (checkpoint, config, estimates, estimators, evaluate, experiment, ranking, reproduce, rollout,
+                        train)
 from qsharp_jax.data.dataset import Manifest
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.models import networks
@@ -245,6 +246,28 @@ def test_a_value_network_guides_another_policy(run: Path, data: Path, tmp_path: 
     assert len({kl['reference', None, 1.0], kl['qsharp', 0.5, 1.0], kl['qsharp', 0.1, 1.0]}) == 3  # it guides
     assert any(row['scored_by'] == 2 for row in rows)
     assert answers(workdir) != answers(run)
+    compared = {row['method']: row for row in rows if 'kl_to_first_reference' in row}
+    assert set(compared) == {'reference', 'cd', 'qsharp'}
+    assert all(row['selected'] and row['split'] == 'test' and row['scored_by'] for row in compared.values())
+    first, other = (experiment.load(experiment.outline(config.from_json((path / 'config.json').read_text()), path))
+                    for path in (run, workdir))
+    own = [row for row in answers(workdir) if (row['method'], row['temperature']) == ('reference', 1.0)]
+    prompts = first.prompts('test')
+    place = {int(example): index for index, example in enumerate(prompts.ids)}
+
+    def log_prob(parts: experiment.Experiment, row: evaluate.Row) -> float:
+        text = jnp.asarray([[*prompts.tokens[place[row['id']]], *row['tokens']]])
+        each = jax.nn.log_softmax(networks.text_logits(parts.reference_config, parts.reference_params, text))[0]
+        return float(sum(each[place - 1, text[0, place]] for place in range(text.shape[1])[-len(row['tokens']):]))
+
+    ratios = [log_prob(other, row) - log_prob(first, row) for row in own]
+    assert compared['reference']['kl_to_first_reference'] == pytest.approx(np.mean(ratios), abs=1e-5) != 0
+    assert compared['reference']['kl'] == pytest.approx(0, abs=1e-6)
+    # The same policy is as far from the first reference as from itself.
+    train.run(tiny.config(data, **keys), tmp_path / 'same')
+    assert all(row['kl_to_first_reference'] == row['kl'] for row in read_rows(tmp_path / 'same' / 'results.jsonl')
+               if row['selected'] and row['split'] == 'test')
+    assert not (tmp_path / 'same' / 'samples' / 'first_reference').exists()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match='reads another tokenizer'):
         patch.setattr(train.checkpoint, 'load_meta', lambda directory: {'tokenizer': 'another'})
         train.run(tiny.config(data, reference__pretrain__steps=12, **keys), workdir)

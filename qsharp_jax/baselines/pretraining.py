@@ -83,6 +83,9 @@ def load_or_train(config: ml_collections.ConfigDict, shape: TransformerConfig, t
         start, origin = published()
     recipe = config.reference.to_dict()
     other = recipe['pretrain'].pop('run')
+    if not config.reference.pretrain.curriculum_steps:  # the others play no part then
+        for key in ('steps', 'degree', 'path_length'):
+            del recipe['pretrain'][f'curriculum_{key}']
     digest = hashlib.sha256(json.dumps(
         [recipe, config.task.to_dict(), config.seed, origin], sort_keys=True).encode()).hexdigest()
     if other:
@@ -93,7 +96,10 @@ def load_or_train(config: ml_collections.ConfigDict, shape: TransformerConfig, t
                              "of reference and task and the seed must be that run's. Take them from its config.json, "
                              'or leave out reference.pretrain.run to train one here.')
     else:
-        params = _train(config, shape, start, sequences(config, tokenizer, shape.max_positions), workdir, mesh)
+        whole = sequences(config, tokenizer, shape.max_positions)
+        smaller = sequences(config, tokenizer, shape.max_positions, smaller=True) if (
+            config.reference.pretrain.curriculum_steps) else whole
+        params = _train(config, shape, start, smaller, whole, workdir, mesh)
     checkpoint.save_params(finished(workdir), params, {'digest': digest})
     return params, digest
 
@@ -147,20 +153,32 @@ def model_shape(config: ml_collections.ConfigDict, vocab_size: int) -> Transform
         tied_embeddings=sizes.tied_embeddings, dtype=jnp.dtype(config.reference.dtype))
 
 
-def sequences(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer, max_positions: int) -> Sequences:
+def sequences(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer, max_positions: int,
+              smaller: bool = False) -> Sequences:
     """Returns the corpus on the host: each text of the task's `pretrain` split with its end token.  # [N, T]
+
+    Args:
+      config: of the run.
+      tokenizer: that the texts are read with.
+      max_positions: of the model.
+      smaller: whether each graph is cut down to what the first `curriculum_steps` are on.
 
     Raises:
       ValueError: a text has more tokens than the model has positions, `max_positions`.
     """
     records = builders.read(prompts_lib.task_config(config.task), 'pretrain', config.task.data_dir)
-    end = min(tokenizer.eos_ids)
+    pretrain, end = config.reference.pretrain, min(tokenizer.eos_ids)
+    texts = [(record['question'], record['answer']) for record in records]
+    if smaller:
+        cut = np.random.default_rng([config.seed, 0xca7])
+        texts = [star_graph.smaller(question, pretrain.curriculum_degree, pretrain.curriculum_path_length, cut)
+                 for question, _ in texts]
     rng = np.random.default_rng([config.seed, 0xa4])
-    at_random = rng.random(len(records)) < config.reference.pretrain.random_arm_share
-    answers = [star_graph.random_path(record['question'], rng) if random else record['answer']
-               for record, random in zip(records, at_random, strict=True)]
-    encoded = [(tokenizer.encode_prompt(record['question']), [*tokenizer.encode(answer), end])
-               for record, answer in zip(records, answers, strict=True)]
+    at_random = rng.random(len(records)) < pretrain.random_arm_share
+    answers = [star_graph.random_path(question, rng) if random else answer
+               for (question, answer), random in zip(texts, at_random, strict=True)]
+    encoded = [(tokenizer.encode_prompt(question), [*tokenizer.encode(answer), end])
+               for (question, _), answer in zip(texts, answers, strict=True)]
     longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
     if longest > max_positions:
         raise ValueError(f'the longest text to pre-train on has {longest} tokens, and the reference {max_positions} '
@@ -171,14 +189,17 @@ def sequences(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
     for row, (prompt, answer) in enumerate(encoded):
         whole = [*prompt, *answer]
         tokens[row, :len(whole)] = whole
-        first = 1 if config.reference.pretrain.loss == 'all' else len(prompt)
+        first = 1 if pretrain.loss == 'all' else len(prompt)
         weights[row, first:len(whole)] = 1
     return Sequences(tokens=tokens, weights=weights)
 
 
-def _train(config: ml_collections.ConfigDict, shape: TransformerConfig, start: Params, corpus: Sequences,
-           workdir: Path, mesh: Mesh) -> Params:
-    """Returns the trained parameters, going on from a checkpoint if there is one."""
+def _train(config: ml_collections.ConfigDict, shape: TransformerConfig, start: Params, smaller: Sequences,
+           whole: Sequences, workdir: Path, mesh: Mesh) -> Params:
+    """Returns the trained parameters, going on from a checkpoint if there is one.
+
+    The first `curriculum_steps` are on the smaller texts, each kind of steps on epochs of its own.
+    """
     pretrain = config.reference.pretrain
     optimizer_config = optimizers.OptimizerConfig(
         learning_rate=pretrain.learning_rate, weight_decay=pretrain.weight_decay,
@@ -201,10 +222,11 @@ def _train(config: ml_collections.ConfigDict, shape: TransformerConfig, start: P
     first = int(state.step)
     writer = Writer(workdir)
     writer.resume(STAGE, first)
-    rows = len(corpus.tokens)
     with progress.bar('pre-train the reference', total=pretrain.steps, unit='steps', initial=first) as bar:
         for step in range(first, pretrain.steps):
-            chosen = batch_rows(config.seed, step, pretrain.batch_size, rows)
+            later = step >= pretrain.curriculum_steps
+            corpus, place = (whole, step - pretrain.curriculum_steps) if later else (smaller, step)
+            chosen = batch_rows(config.seed, place, pretrain.batch_size, len(corpus.tokens))
             batch = jax.tree.map(lambda leaf: leaf[chosen], corpus)
             state, loss = step_fn(state, sharding.shard_batch(mesh, batch))
             done = step + 1

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from qsharp_jax.data import builders, star_graph_files
-from qsharp_jax.data.star_graph_text import edges_text, parse_question, path_text, question_text
+from qsharp_jax.data.star_graph_text import edges_text, parse_question, path_text, question_text, right_path
 
 # Part of all graphs that each split draws from. Fixed, so that no choice of sizes moves a graph between splits.
 FRACTIONS = {'pretrain': 0.4, 'train': 0.4, 'validation': 0.05, 'test': 0.15}
@@ -163,6 +163,23 @@ def random_path(question: str, rng: np.random.Generator) -> str:
     while path[-1] in after:
         path.append(int(rng.choice(after[path[-1]])))
     return path_text(tuple(path))
+
+
+def smaller(question: str, degree: int, path_length: int, rng: np.random.Generator) -> tuple[str, str]:
+    """Returns a graph cut down, and its path: arms drawn at random, shortened at their ends, edges in their order.
+
+    Args:
+      question: of a graph.
+      degree: arms that are left, at most.
+      path_length: nodes of an arm that are left, at most, the centre included.
+      rng: that draws the arms, and which of their ends is the goal.
+    """
+    edges, start, _ = parse_question(question)
+    ends = sorted(after for _, after in edges if after not in {before for before, _ in edges})
+    kept = [right_path(question_text(edges, start, ends[i]))[:path_length]
+            for i in rng.permutation(len(ends))[:degree]]
+    left = {edge for arm in kept for edge in itertools.pairwise(arm)}
+    return question_text([edge for edge in edges if edge in left], start, kept[0][-1]), path_text(tuple(kept[0]))
 
 
 def distinct_graphs(degree: int, path_length: int, num_nodes: int) -> int:

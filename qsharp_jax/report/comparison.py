@@ -191,7 +191,7 @@ def _cell(column: Column, method: str, metric: str, number: float | None, run: R
     ours = None if row is None or metric not in row else row[metric]
     if ours is None or run is None or row is None:
         return Cell(setting, policy, name, number, None, None, '', None)
-    scale = 1.0 if metric == 'kl' else 100.0
+    scale = 1.0 if metric.startswith('kl') else 100.0
     error = row[f'{metric}_se']
     return Cell(setting, policy, name, number, scale * ours, None if error is None else scale * error,
                 '; '.join(_differences(run, row, column)), run)
@@ -229,8 +229,6 @@ def _differences(run: Run, row: Row, column: Column) -> list[str]:
 def _filled_by(method: str, metric: str, run: Run | None, row: Row | None, next_one: Possible | None,
                possible: Sequence[Possible]) -> str:
     """Returns the command that fills in a number that is missing, or why none does."""
-    if metric == 'kl_to_first_reference':
-        return 'not measured: KL here is to the policy that is guided'
     if run is None:
         return next_one.command if next_one else 'no run that is planned has it'
     place = run.workdir.resolve()
