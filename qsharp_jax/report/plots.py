@@ -31,7 +31,8 @@ _LOOKS = {
     'rpo': (_YELLOW, 'X')}
 _STYLE: Any = {
     'font.size': 10, 'axes.titlesize': 11, 'axes.spines.top': False, 'axes.spines.right': False,
-    'axes.grid': True, 'grid.alpha': 0.18, 'grid.linewidth': 0.8, 'legend.frameon': False, 'lines.linewidth': 1.8,
+    'axes.grid': True, 'axes.axisbelow': True, 'grid.alpha': 0.18, 'grid.linewidth': 0.8, 'legend.frameon': False,
+    'lines.linewidth': 1.8,
     'axes.titlelocation': 'left', 'figure.constrained_layout.use': True, 'svg.fonttype': 'none',
     'svg.hashsalt': 'qsharp_jax', 'axes.facecolor': 'none', 'savefig.facecolor': 'none',
     **{key: INK for key in ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color',

@@ -226,7 +226,7 @@ def _values(ax: Axes, runs: Sequence[Run]) -> None:
                             for position, several in _by(own, lambda row: row['position']).items())
             look = {**_line(method), **({'linestyle': ('--', '-.')[number % 2], 'alpha': 0.7} if variant else {})}
             ax.plot(*zip(*points), label=_titled(method, variant), **look)
-    _nothing_known(ax, 0)
+    _nothing_known(ax)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(title=f'{_name(runs[0].graph)}: value networks, held-out graphs', xlabel='token of the answer, from 0',
            ylabel='loss, nats')
@@ -268,7 +268,7 @@ def _by_length(accuracy: Axes, loss: Axes, degree: int, lengths: Sequence[Sequen
     points = [(length, sum(losses) / len(losses)) for length, losses in first if losses]
     if points:
         loss.plot(*zip(*points), label=tables.METHODS['qsharp'], **_line('qsharp'))
-    _nothing_known(loss, lengths[0][0].path_length)
+    _nothing_known(loss)
     loss.set(title=f'G({degree}, l): the value of the first step', xlabel='nodes of an arm, l',
              ylabel='held-out loss, nats')
     loss.set_ylim(bottom=0)
@@ -277,9 +277,11 @@ def _by_length(accuracy: Axes, loss: Axes, degree: int, lengths: Sequence[Sequen
     accuracy.legend(fontsize=7)
 
 
-def _nothing_known(ax: Axes, place: float) -> None:
+def _nothing_known(ax: Axes) -> None:
     ax.axhline(math.log(2), color=plots.INK, linestyle='--', linewidth=1)
-    ax.annotate('ln 2: nothing is known', (place, math.log(2)), xytext=(0, 3), textcoords='offset points', fontsize=8)
+    # On the right: the loss of the first token, which all answers share, lies on the line.
+    ax.annotate('ln 2: nothing is known', (0.98, math.log(2)), xycoords=('axes fraction', 'data'), xytext=(0, 3),
+                textcoords='offset points', fontsize=8, ha='right')
 
 
 def _guess(ax: Axes, runs: Sequence[Run]) -> None:
