@@ -117,7 +117,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.iterations = 2
     config.task.star_graph.num_nodes = 30  # G(3,8) has 22 nodes
     config.task.star_graph.pretrain_examples = 100_000
-    config.task.star_graph.train_examples = 12_000
+    config.task.star_graph.train_examples = 24_000
     config.task.star_graph.validation_examples = 1000
     config.task.star_graph.test_examples = 2000
     config.reference.transformer.layers = 3
@@ -125,9 +125,8 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.reference.transformer.heads = 4
     config.reference.transformer.kv_heads = 4
     config.reference.transformer.mlp_width = 512
-    config.reference.pretrain.steps = 1500
+    config.reference.pretrain.steps = 2500
     if config.task.star_graph.degree * (length - 1) > 8:  # alone, such graphs were not learned in 400 steps
-        config.reference.pretrain.steps = 1800
         config.reference.pretrain.curriculum_steps = 600
     config.reference.pretrain.batch_size = 64
     config.reference.pretrain.learning_rate = 4e-3
@@ -139,13 +138,13 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.value.extra_layers = 2
     config.fit.frozen_layers = 3
     config.fit.optimizer = 'muon'
-    config.fit.epochs = 4.0
+    config.fit.epochs = 3.0
     config.fit.warmup_steps = 100
     config.fit.learning_rate = 1e-2
     config.fit.learning_rate_factors = (0.3, 1.0)  # as many rates as the policies have
     config.baselines.methods = BASELINES
     config.baselines.value_on_pairs = True
-    config.baselines.epochs = 4.0
+    config.baselines.epochs = 3.0
     config.eval.each_iteration = True  # all methods have as many answers
     config.eval.methods = ('cd', 'fudge', 'qsharp')
     config.eval.select_examples = 500
