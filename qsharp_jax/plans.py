@@ -119,14 +119,15 @@ def _star_graphs(size: str) -> list[Job]:
     if size == 'paper':
         return graphs
     # How far the claim goes: Q♯ alone, on longer paths and from fewer graphs.
-    once = {**_QSHARP, 'iterations': '1', 'fit.learning_rate_factors': '1.0'}  # the rate that the first graph chose
-    longer = [of(f'_2_{length}', once) for length in (3, 4, 6, 7, 8)]
+    alone = {**_QSHARP, 'fit.learning_rate_factors': '1.0'}  # the rate that the first graph chose
+    longer = [of(f'_2_{length}', alone) for length in (3, 4, 6, 7, 8)]
     # With as many gradient steps as the whole run's first iteration has, but no more than 64 passes.
     fewer = [Job(f'star_graph_of_{count}', graphs[0].config,
-                 {**once, 'collect.examples': f'{count}', 'fit.epochs': f'{passes}'}, reference=graphs[0].name)
+                 {**alone, 'iterations': '1', 'collect.examples': f'{count}', 'fit.epochs': f'{passes}'},
+                 reference=graphs[0].name)
              for count, passes in ((300, 64), (1000, 64), (3000, 24), (10_000, 7))]
     # Why: a network that cannot look ahead, and one that scores the first step without having read it, as policies do.
-    why = [Job(f'star_graph_{name}', graphs[0].config, {**once, key: text},
+    why = [Job(f'star_graph_{name}', graphs[0].config, {**alone, key: text},
                shares=graphs[0].name, reference=graphs[0].name)
            for name, key, text in (('no_lookahead', 'value.lookahead', '0'), ('q_type', 'value.type', 'q'))]
     return [*graphs, *longer, *fewer, *why]
