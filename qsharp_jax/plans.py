@@ -119,7 +119,7 @@ def _star_graphs(size: str) -> list[Job]:
     if size == 'paper':
         return graphs
     # How far the claim goes: Q♯ alone, on longer paths and from fewer graphs.
-    alone = {**_QSHARP, 'fit.learning_rate_factors': '1.0'}  # the rate that the first graph chose
+    alone = {**_QSHARP, 'fit.learning_rate_factors': '0.3'}  # the rate that G(2,5) chose
     longer = [of(f'_2_{length}', alone) for length in (3, 4, 6, 7, 8)]
     # With as many gradient steps as the whole run's first iteration has, but no more than 64 passes.
     fewer = [Job(f'star_graph_of_{count}', graphs[0].config,
