@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 import shutil
 from typing import Any
@@ -101,6 +102,13 @@ def test_another_value_network_is_a_curve_of_its_loss_and_a_line_of_the_table() 
     assert curves_of(below.axes[2])['Q♯'][0] == [10, 100], 'it is no point of the curve'
     text = star_graph_figure.markdown(runs)
     assert '| Q♯ | 90.0 ± 3.0 |' in text and '| Q♯, Q-type | 55.0 ± 1.0 |' in text and 'G(2, 5), Q-type, seed 0' in text
+
+
+def test_a_guess_costs_the_entropy_of_one_in_d() -> None:
+    for degree, entropy in ((2, math.log(2)), (5, 0.2 * math.log(5) + 0.8 * math.log(1.25))):
+        _, below = star_graph_figure.draw([run(degree, 5)]).subfigs
+        line = below.axes[1].lines[-1]
+        assert line.get_ydata() == pytest.approx([entropy] * 2) and '1/d' in below.axes[1].texts[-1].get_text()
 
 
 def test_a_run_that_has_only_begun_is_drawn() -> None:

@@ -226,7 +226,7 @@ def _values(ax: Axes, runs: Sequence[Run]) -> None:
                             for position, several in _by(own, lambda row: row['position']).items())
             look = {**_line(method), **({'linestyle': ('--', '-.')[number % 2], 'alpha': 0.7} if variant else {})}
             ax.plot(*zip(*points), label=_titled(method, variant), **look)
-    _nothing_known(ax)
+    _nothing_known(ax, runs[0].degree)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(title=f'{_name(runs[0].graph)}: value networks, held-out graphs', xlabel='token of the answer, from 0',
            ylabel='loss, nats')
@@ -268,7 +268,7 @@ def _by_length(accuracy: Axes, loss: Axes, degree: int, lengths: Sequence[Sequen
     points = [(length, sum(losses) / len(losses)) for length, losses in first if losses]
     if points:
         loss.plot(*zip(*points), label=tables.METHODS['qsharp'], **_line('qsharp'))
-    _nothing_known(loss)
+    _nothing_known(loss, degree)
     loss.set(title=f'G({degree}, l): the value of the first step', xlabel='nodes of an arm, l',
              ylabel='held-out loss, nats')
     loss.set_ylim(bottom=0)
@@ -277,10 +277,13 @@ def _by_length(accuracy: Axes, loss: Axes, degree: int, lengths: Sequence[Sequen
     accuracy.legend(fontsize=7)
 
 
-def _nothing_known(ax: Axes) -> None:
-    ax.axhline(math.log(2), color=plots.INK, linestyle='--', linewidth=1)
+def _nothing_known(ax: Axes, degree: int) -> None:
+    """Draws the loss of a network that knows no more than that one in `degree` of the reference's answers is right."""
+    share = 1 / degree
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    ax.axhline(entropy, color=plots.INK, linestyle='--', linewidth=1)
     # On the right: the loss of the first token, which all answers share, lies on the line.
-    ax.annotate('ln 2: nothing is known', (0.98, math.log(2)), xycoords=('axes fraction', 'data'), xytext=(0, 3),
+    ax.annotate('1/d: nothing else is known', (0.98, entropy), xycoords=('axes fraction', 'data'), xytext=(0, 3),
                 textcoords='offset points', fontsize=8, ha='right')
 
 
