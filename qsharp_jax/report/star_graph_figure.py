@@ -302,10 +302,10 @@ def _curve(ax: Axes, method: str, rows: Sequence[Row], place: str, value: str, e
 
 
 def _line(method: str) -> dict[str, Any]:
-    """Returns how the curve of a method looks; what is on pairs has the colour of what is not, and is dotted."""
+    """Returns how the curve of a method looks; what is on pairs, or greedy, has the colour of what is not."""
     colour, marker = plots.look(method)
     return {'color': colour, 'marker': marker, 'markersize': 5, 'linewidth': 1.2,
-            'linestyle': ':' if method.endswith('_pairs') else '-'}
+            'linestyle': ':' if method.endswith('_pairs') else '--' if method.endswith('_greedy') else '-'}
 
 
 def _sorted(curves: Mapping[str, list[Row]]) -> list[tuple[str, list[Row]]]:
