@@ -14,8 +14,8 @@ import pytest
 from tokenizers import models as tokenizer_models
 from tokenizers import Tokenizer
 
-from qsharp_jax.baselines import losses
-from qsharp_jax.models import networks, pretrained, transformer
+from qsharp_jax.baselines import losses, policies
+from qsharp_jax.models import pretrained
 from qsharp_jax.models.pretrained import export
 from tests import published
 
@@ -60,11 +60,8 @@ def drawn(seed, lengths):
 
 def token_log_probs(config, params, tokens):
     """Of each token but the first, given those before it.  # [B, T] -> [B, T - 1]"""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    logits = networks.reference_logits(config, params, jnp.asarray(tokens), positions,
-                                       transformer.causal_mask(tokens.shape[1]))
-    every = jax.nn.log_softmax(logits[:, :-1], axis=-1)
-    return jnp.take_along_axis(every, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+    tokens = jnp.asarray(tokens)
+    return policies.chosen_log_probs(policies.network_log_probs(config, 50, (), 1.0)(params, tokens), tokens)
 
 
 def check(loss, params, config, trl_loss, model, folder):
