@@ -118,15 +118,15 @@ def possible(number: str, size: str, root: Path) -> list[Possible]:
 
 
 def missing(number: str, runs: list[Path], *plans: list[Possible]) -> dict[tuple[str, str, str], str]:
-    """What is said of each number that is missing; what cannot be measured is left out."""
+    """What is said of each number that is missing."""
     found = comparison.cells(paper.TABLES[number], comparison.read(runs), [one for plan in plans for one in plan])
-    return {(cell.setting, cell.policy, cell.metric): cell.differs for cell in found
-            if cell.ours is None and not cell.differs.startswith('not measured')}
+    return {(cell.setting, cell.policy, cell.metric): cell.differs for cell in found if cell.ours is None}
 
 
 def rows_of(plan: Possible) -> list[Row]:
     """A row of all that a run measures, with as many votes as the paper has."""
-    scores = {name: 0.5 for name in ('best_of_k', 'best_of_k_se', 'weighted_maj@k', 'weighted_maj@k_se')}
+    of_some = ['best_of_k', 'weighted_maj@k', *(['kl_to_first_reference'] if plan.config['value']['run'] else [])]
+    scores = {name: 0.5 for score in of_some for name in (score, f'{score}_se')}
     methods = [('reference', 0), *((name, 1) for name in plan.config['eval']['methods'] if name != 'qsharp'),
                *(('qsharp', k) for k in range(1, plan.config['iterations'] + 1))]
     return [result(method, k, 0.1 if k else None, 0.5, split=split, **{'k': 8, **scores}) for method, k in methods
@@ -207,15 +207,18 @@ def test_two_value_networks_of_one_reference_have_two_places(small: Path, tmp_pa
 
 
 def test_another_policy_has_its_own_place(small: Path, tmp_path: Path) -> None:
-    other = make(tmp_path / 'other', SMALL, [result('reference', 0, None, 0.5), result('qsharp', 2, 0.1, 0.6)],
+    to_first = {'kl_to_first_reference': 7.5, 'kl_to_first_reference_se': 0.2}
+    other = make(tmp_path / 'other', SMALL,
+                 [result('reference', 0, None, 0.5), result('qsharp', 2, 0.1, 0.6, **to_first)],
                  value__run=small, reference__source='ppo', eval__cd_network='shared', eval__methods='qsharp')
     found = comparison.cells(paper.TABLES['7'], comparison.read([other, small]))
     ours = {(cell.policy, cell.metric.split(',')[0]): cell.ours for cell in found if cell.ours is not None}
     assert ours['PPO', 'pass@1'] == pytest.approx(50) and ours['PPO + Q♯', 'pass@1'] == pytest.approx(60)
     assert ours['Q♯', 'pass@1'] == pytest.approx(42)
-    # KL to a policy that is not the one guided is not measured, and nothing else takes its place.
+    assert ours['PPO + Q♯', 'KL to the reference'] == pytest.approx(7.5)
+    # KL to the policy that is guided does not stand for it where it is missing.
     assert ('PPO', 'KL to the reference') not in ours
-    assert any(cell.differs.startswith('not measured') and cell.paper == 69.52 for cell in found)
+    assert any(cell.ours is None and cell.paper == 69.52 for cell in found)
 
 
 def test_commands_are_one_line_whatever_a_key_holds(tmp_path: Path) -> None:
