@@ -23,7 +23,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('reward', metavar='PATH.py:FUNCTION', help="as 'reward' of a configuration")
     parser.add_argument('--data', type=Path, required=True, metavar='FILE.jsonl', help='answers to grade')
     parser.add_argument('--completion', default='', help='column with the answers')
-    parser.add_argument('--workers', type=int, default=1, help='processes that grade; 0: this one')
+    parser.add_argument('--workers', type=int,
+                        help='processes that grade, one answer at a time; 0: this one, all at once (default: 0, or 1 '
+                        'for a reward that must be killed where it hangs)')
     parser.add_argument('--timeout_seconds', type=float, default=5.0, help='for one answer, with workers')
     args = parser.parse_args(argv)
     checking.run(args.reward, args.data, args.completion, args.workers, args.timeout_seconds)

@@ -313,9 +313,13 @@ def _check_warmup(config: ml_collections.ConfigDict, examples: int) -> None:
 
 
 def _check_splits(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError if more examples of a split are evaluated than it is known to have."""
+    """Raises ValueError if a split is evaluated that there is not, or more of its examples than it is known to have."""
     task = prompts_lib.task_config(config.task)
-    for key, split in (('examples', config.eval.split), ('select_examples', config.eval.select_split)):
+    for name, key, split in (('split', 'examples', config.eval.split),
+                             ('select_split', 'select_examples', config.eval.select_split)):
+        if split and split not in task.splits:
+            raise ValueError(f'eval.{name} is {split!r}, and task.{config.task.name} has the splits '
+                             f'{", ".join(task.splits)} only: name one of them, or the file of the other.')
         size = task.size(split) if split else None
         if size is not None and config.eval[key] > size:
             raise ValueError(f'eval.{key} is {config.eval[key]}, but the {split} split of task.{config.task.name} has '
@@ -351,7 +355,8 @@ def grade(experiment: Experiment, prompts: Prompts, index: np.ndarray, texts: Se
     except ValueError as error:
         row = next(row for row, earned in enumerate(result) if not _fits(experiment, earned))
         raise ValueError(f'reward {experiment.reward.spec!r} returned {result[row]:g} in row {row}, for the completion '
-                         f'{texts[row]!r}: {error}') from error
+                         f'{texts[row]!r}: {error} With another range, a new --workdir and --relabel_from='
+                         f'{experiment.workdir} take over what was decoded.') from error
     return result
 
 

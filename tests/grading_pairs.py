@@ -26,7 +26,21 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         ('12000', '12 000 meters'),
         ('10', r'10\text{ cm}'), (r'10\text{ cm}', '10'), ('10', r'10 \text{ dollars}'), (r'90^\circ', '90'),
         ('90', r'90^{\circ}'), (r'12\text{ square units}', r'12'), ('5', r'5\ \mathrm{km}'), ('7', '7 apples'),
-        ('3', r'3 \text{ hours}'), ('540', '540 meters')],
+        ('3', r'3 \text{ hours}'), ('540', '540 meters'), ('12.5', r'12.5\%'), (r'62.5\%', '62.5'),
+        ('0.125', r'12.5\%'), ('25', '25 percent')],
+    'units in words': [
+        ('18', '18 dollars'), ('18', '18 eggs'), ('70000', '70,000 dollars'), ('460', '460 dollars.'),
+        ('20', '20 cups'),
+        ('64', '64 USD'), ('260', '260 sheep'), ('45', '45 miles per hour'), ('7', '7 km/h'), ('7', '7 people'),
+        ('18', '18 years old'), ('5', r'\text{5 dollars}'), (r'382 \text{ dollars}', '382 dollars'),
+        (r'15\mbox{ cm}^2', '15 cm^2'), ('24', '24 square feet'), (r'\frac{1}{2}', r'\frac{1}{2} cup'),
+        ('3', '3 a day'),
+        ('-5', '-5 degrees Celsius'), ('5', 'x = 5 dollars'), ('3000000', '3 million'),
+        ('3000000', '3 million dollars')],
+    'signs': [
+        ('60', '60°'), ('-3', '−3'), (r'2\sqrt{3}', '2√3'), (r'\sqrt{x+1}', '√(x+1)'), (r'(-\infty, 3]', '(-∞, 3]'),
+        (r'(-\infty,3)\cup(4,5)', '(-∞,3)∪(4,5)'), (r'\frac{5}{2}', '2½'), ('x^2+1', 'x²+1'), ('5', '€5'),
+        ('10', r'10~\text{kg}'), ('7', '7,'), (r'\text{(E)},', '(E)'), (r'\text{A,B,E}', 'A,B,E'), (r'2\pi', '2π')],
     'roots and powers': [
         (r'\sqrt{2}', r'\sqrt2'), (r'2\sqrt{3}', r'\sqrt{12}'), (r'\frac{\sqrt{2}}{2}', r'\frac{1}{\sqrt{2}}'),
         (r'3\sqrt{2}', r'3 \cdot \sqrt{2}'), ('4', r'\sqrt{16}'), (r'\sqrt[3]{8}', '2'), (r'2^{10}', '1024'),
@@ -76,7 +90,15 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         ('21/2', '2 1/2'), (r'\frac{3}{2}', '2 1/2')],
     'percentages and units': [
         ('25', r'2.5\%'), (r'50\%', '5'), ('18', r'\$81'), (r'90^\circ', r'180^\circ'), ('7', '8 apples'),
-        ('10', r'100 \text{ cm}'), ('12', r'1 2\text{ cm}')],
+        ('10', r'100 \text{ cm}'), ('12', r'1 2\text{ cm}'), ('25', r'0.25\%'), ('12.5', r'1.25\%')],
+    'units in words': [
+        ('18', '19 dollars'), ('18', '18 x'), ('6', '6 xy'), ('3', '3 and 4'), ('5', '5 or 6'), ('5', '5 not 6'),
+        ('3', '3 million'), ('5', '5 squared'), ('2', '2 theta'), ('5', '5 more than x'), ('6', '6 times 7')],
+    'nearly': [
+        (r'\frac{1}{2}', '0.5000001'), (r'\frac{1}{3}', '0.333333'), (r'\pi', '3.141593'), (r'\sqrt{2}', '1.414214'),
+        (r'1000\pi', '3141.592654'), (r'\frac{1}{2^{98}}', r'\frac{1}{2^{99}}'),
+        (r'\frac{1}{20!}', r'\frac{1}{21!}'), ('3:30', '4:40'), ('5', r'\ne 5'), ('5', '> 5'), ('5', r'x \ge 5'),
+        ('-37_8', '-37_9')],
     'roots and powers': [
         (r'\sqrt{2}', '2'), (r'\sqrt{2}', '1.41'), (r'2\sqrt{3}', r'3\sqrt{2}'), (r'2^{10}', '20'),
         (r'1+\sqrt{5}', r'1-\sqrt{5}')],

@@ -13,6 +13,7 @@ from qsharp_jax.data import answer_text
     (r'\boxed{ 3 }', '3'), (r'\boxed{\{1, 2\}}', r'\{1, 2\}'), (r'\boxed{\left\{x\right\}}', r'\left\{x\right\}'),
     (r'\boxed{\boxed{5}}', '5'), (r'\fbox{9}', '9'), (r'$\boxed 2$.', '2'), (r'\boxed{}', ''), ('7', None),
     (r'\boxed{7', None), (r'\boxed{1} and \boxed{\frac{1}{2}', None), (r'\boxed', None), (r'\boxed(7)', None),
+    (r'$\boxed7$', '7'), (r'\boxedx', None),
     (r'\boxed{a \\} b}', r'a \\'), ('\\boxed{1\n2}', '1\n2'), (r'\boxed{\text{no } \} brace}', r'\text{no } \} brace')])
 def test_last_boxed(text, inside):
     assert answer_text.last_boxed(text) == inside
@@ -36,7 +37,13 @@ def test_after_hashes(text, inside):
 
 @pytest.mark.parametrize('text, letter', [
     (r'\boxed{B}', 'B'), (r'\boxed{(C)}', 'C'), (r'\boxed{\text{D}}', 'D'), (r'\boxed{\textbf{(A)}}', 'A'),
-    (r'\boxed{A.}', 'A'), (r'\boxed{AB}', None), (r'\boxed{b}', None), (r'\boxed{}', None),
+    (r'\boxed{A.}', 'A'), (r'\boxed{AB}', None), (r'\boxed{b}', 'B'), (r'\boxed{}', None),
+    (r'\boxed{(B) a dog}', 'B'), (r'\boxed{B. a dog}', 'B'), (r'\boxed{B) a dog}', 'B'), (r'\boxed{B: a, and b}', 'B'),
+    (r'\boxed{\text{(B) a dog}}', 'B'), (r'\boxed{\text{(B)} a dog}', 'B'), (r'\boxed{\text{B}.}', 'B'),
+    (r'\boxed{$B$}', 'B'), (r'\boxed{**B**}', 'B'), (r'\boxed{Option B}', 'B'), (r'\boxed{B and C}', None),
+    (r'\boxed{(B) and (C)}', None), (r'\boxed{(B), (C)}', None), (r'\boxed{A dog}', None),
+    (r'\boxed{(A) a cat (B) a dog}', None), ('The answer is **B**.', 'B'), ('**Answer:** B', 'B'), ('ANSWER: B', 'B'),
+    ('The correct option is B', 'B'), ('the answer is option B', 'B'), ('The answer is C. Option B is wrong.', 'C'),
     ('The answer is C.', 'C'), ('Answer: (B)', 'B'), ('the answer is A, no, the answer is B', 'B'),
     ('The answer is a cat', None), ("The answer is I'm not sure", None), ('The answer is Apple', None), ('B', None),
     (r'The answer is A: \boxed{B}', 'B')])

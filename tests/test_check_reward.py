@@ -25,7 +25,8 @@ def said_fixture(tmp_path):
 
 def test_styles_are_named(said):
     lines = said('def f(completions):\n    return [1] * len(completions)')
-    assert 'all answers at once; takes completions' in lines['reward']
+    assert lines['reward'].endswith('function(prompts, completions, **columns); takes completions')
+    assert lines['graded'].startswith('all at once, in this process')
     assert 'takes every column' in said('def f(**rows):\n    return [1] * len(rows["completions"])')['reward']
     lines = said('def f(data_source, solution_str, ground_truth, extra_info=None):\n'
                  '    assert data_source == "sums" and extra_info["answer"] == ground_truth\n'
@@ -79,8 +80,9 @@ def test_the_slowest_row_is_first(said):
 def test_a_row_that_hangs_in_a_worker_abstains(said):
     source = 'import time\ndef f(completions):\n    time.sleep(60 * ("xxx" in completions))\n    return [1.0]'
     lines = said(source, ROWS[:3], workers=1)
-    assert lines['abstentions'] == '1 of 3 (time-outs among them, see the warnings)'
+    assert lines['abstentions'] == '1 of 3 (where it took too long or died, a warning says so)'
     assert lines['deterministic'].startswith('yes')
+    assert lines['graded'] == 'one at a time, in 1 worker process' and 'row by row' not in lines
 
 
 def test_columns_are_found_and_files_refused(said, tmp_path):
@@ -98,6 +100,11 @@ def test_columns_are_found_and_files_refused(said, tmp_path):
         said(source, [*rows, {'question': 'q', 'response': 'a'}])
     with pytest.raises(ValueError, match='line 1 has 3 as its answer'):
         said(source, [{'response': 3}])
+    with pytest.raises(ValueError, match="has the column 'completions', a name that a reward is given something else"):
+        said(source, [{'response': 'a', 'completions': 'b'}])
+    # As training has it, answers that are numbers are text.
+    assert '1 different, 1 to 1' in said('def f(completions, answer):\n    return [answer[0] == "17"]',
+                                         [{'response': 'a', 'answer': 17}])['values']
     with pytest.raises(RewardError, match="needs 'anwser'.*Did you mean 'answer'"):
         said('def f(completions, anwser):\n    return [1]', rows)
     with pytest.raises(ValueError, match='there is no file'):
@@ -110,6 +117,12 @@ def test_the_command_prints_it_and_says_in_one_line_what_is_wrong(tmp_path, caps
     cli.main(check_reward.main, ['exact_match', f'--data={data}', '--workers=0'])
     printed = capsys.readouterr().out
     assert printed.startswith('reward         1 * exact_match: function(prompts, completions, **columns)')
+    cli.main(check_reward.main, ['exact_match', f'--data={data}'])
+    assert 'all at once, in this process' in capsys.readouterr().out
+    for flag, words in (('--workers=-1', 'workers is -1'), ('--timeout_seconds=0', 'timeout_seconds is 0; it must be')):
+        with pytest.raises(SystemExit):
+            cli.main(check_reward.main, ['exact_match', f'--data={data}', '--workers=1', flag])
+        assert f'error: {words}' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(check_reward.main, ['exact_mach', f'--data={data}'])
     assert 'error: there is no reward' in capsys.readouterr().err

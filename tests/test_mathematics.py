@@ -79,8 +79,19 @@ def test_it_is_never_graded_where_it_cannot_be_killed():
     assert multiprocessing.parent_process() is None
 
 
+@pytest.mark.parametrize('text', [
+    '1' * 10 ** 6, '1' + ' ' * 10 ** 6 + 'a', '1' + ' 111' * 250_000 + '/', '1 ' * 500_000, '1,111' * 200_000,
+    '1\\,' * 300_000, '1 ' + 'aa ' * 300_000 + '1', '1 a' * 300_000, '\\text{' * 150_000, '√(' * 300_000,
+    '1 million' * 100_000, '1' * 10 ** 6 + '%', '.,;' * 300_000])
+def test_long_texts_are_settled_in_linear_time(text):
+    began = time.perf_counter()
+    assert not mathematics.settled('72', text)
+    assert time.perf_counter() - began < 5
+
+
 @pytest.mark.parametrize('name, answers', [
     ('math', ['72', r'\frac{1}{2}', r'\text{even}']), ('math', ['7', '7']), ('math', [r'\frac{1}{2}'] * 2),
+    ('math', [r'\frac{1}{2}', r'\dfrac{1}{2}', '7']),
     ('gsm8k', ['72', '18']), ('gsm8k', ['5', '5']), ('multiple_choice', ['A', 'C']), ('multiple_choice', ['B', 'B'])])
 def test_canaries_are_written_as_the_reward_looks_for_them(name, answers):
     options = KILLABLE if name == 'math' else {**KILLABLE, 'workers': 0}
@@ -138,6 +149,9 @@ def test_a_function_of_ones_own_may_say_how_an_answer_is_written(tmp_path, caplo
 @pytest.mark.parametrize('text, answer, earned', [
     ('#### 18', '18', 1), ('so 18.\n#### $18.00\n', '18', 1), ('#### 1,234', '1234', 1), ('#### 18 dollars', '18', 1),
     ('#### 17\n#### 18', '18', 1), ('#### -3', '-3', 1), ('18', '18', 0), ('####', '18', 0), ('#### none', '18', 0),
+    ('#### -$18', '-18', 1), ('#### $-18', '-18', 1), (r'#### \$18', '18', 1), ('#### **18**', '18', 1),
+    ('#### €18', '18', 1), ('#### 18.', '18', 1), ('#### 18/day', '18', 1), ('#### 1/2', '1', 0), ('#### 1/2', '.5', 1),
+    ('#### 1,8', '18', 0), ('#### 1e1', '1', 0), ('#### 1/0', '0', 0), ('#### ' + '1,' * 99_999, '1', 0),
     ('#### 180', '18', 0), ('#### ' + '9' * 9000, '9', 0), ('#### x', 'y', 0)])
 def test_gsm8k(text, answer, earned):
     reward = rewards.load('gsm8k')

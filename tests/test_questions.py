@@ -12,10 +12,13 @@ import threading
 
 import pytest
 
+from experiments import train
+from qsharp_jax import cli
 from qsharp_jax.data import builders, published, questions, readers, split_ledger
 from qsharp_jax.data.published import File
 from qsharp_jax.data.questions import Gsm8kConfig, JsonlConfig, MathConfig, QualityConfig
 from qsharp_jax.data.split_ledger import Entry
+from tests import tiny
 
 
 def write(path, rows):
@@ -165,6 +168,34 @@ def test_own_files_may_bring_every_split(tmp_path):
             f'{split} {i}' for i in range(5)}
 
 
+def test_the_splits_are_known_before_a_file_is_read(tmp_path):
+    train = tmp_path / 'own.jsonl'
+    assert JsonlConfig(train=str(train)).splits == ('train', 'validation')
+    assert JsonlConfig(train=str(train), validation_share=0.0).splits == ('train',)
+    assert set(JsonlConfig(train=str(train), test='test.jsonl').splits) == {'train', 'test', 'validation'}
+    assert set(Gsm8kConfig().splits) == {'train', 'test', 'validation'}
+
+
+def test_a_split_that_a_task_lacks_is_refused_before_anything_is_made(tmp_path, capsys):
+    arguments = [f'--config={tiny.ROOT}/configs/arithmetic.py:tiny', f'--workdir={tmp_path}/run',
+                 '--config.task.name=jsonl',
+                 f"--config.task.jsonl.train={write(tmp_path / 'own.jsonl', [GOOD] * 9)}"]
+    for more, words in (([], "eval.split is 'test', and task.jsonl has the splits train, validation only"),
+                        (['--config.eval.split=validation', '--config.task.jsonl.validation_share=0'],
+                         "eval.split is 'validation', and task.jsonl has the splits train only")):
+        with tiny.devices(1), pytest.raises(SystemExit):
+            cli.main(train.main, [*arguments, *more])
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+def test_questions_of_one_text_leave_something_to_train_on(tmp_path):
+    rows = [{'question': 'How many?', 'answer': str(i), 'context': f'c{i}'} for i in range(9)]
+    with pytest.raises(ValueError, match="9 questions of train are too few.*: 'How many.'. Put what tells them"):
+        read(own(tmp_path, rows), tmp_path)
+    assert len(read(own(tmp_path, rows, validation_share=0.0), tmp_path)) == 9
+
+
 GOOD = {'question': 'q', 'answer': 'a'}
 
 
@@ -179,6 +210,7 @@ GOOD = {'question': 'q', 'answer': 'a'}
     ({'question': '', 'answer': 'a'}, "line 2 has no question: 'question' is empty"),
     ({'question': 'r', 'answer': None}, r"line 2 has None as its answer \('answer'\)"),
     ({'question': 'r', 'answer': True}, 'line 2 has True as its answer'),
+    ({'question': 'r', 'answer': '\ud800'}, r"line 2 has half of a surrogate pair in its answer \('answer'\)"),
     ({'question': ['r'], 'answer': 'a'}, r"line 2 has \['r'\] as its question")])
 def test_a_wrong_row_is_named_by_file_line_and_what_is_wrong(tmp_path, row, words):
     with pytest.raises(ValueError, match=r'own.jsonl, ' + words.replace('{}', r'\{\}')):

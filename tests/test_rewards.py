@@ -4,6 +4,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import multiprocessing
+import os
+import signal
 import sys
 import time
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 
 from qsharp_jax import rewards
-from qsharp_jax.rewards import RewardError
+from qsharp_jax.rewards import processes, RewardError
 
 HERE = {'workers': 0, 'timeout_seconds': 5.0, 'on_error': 'stop'}
 PROMPTS, COMPLETIONS = ['1+1=', '2+3=', '4+4='], [' 2\n', '6', '8']
@@ -45,7 +48,11 @@ def grade(name, text, **column):
     ('arithmetic', '85\n12 + 1 = 13', '85', 0), ('arithmetic', '9' * 6000, '9', 0), ('arithmetic', '³', '3', 0),
     ('numeric_match', 'so 3 + 4 is 7.', '7', 1), ('numeric_match', '7 or 8', '7', 0),
     ('numeric_match', '1,234.50', '1234.5', 1), ('numeric_match', 'none', '7', 0), ('numeric_match', 'a', 'b', 0),
-    ('numeric_match', '-.5', '-0.5', 1), ('numeric_match', '70', '7', 0),
+    ('numeric_match', '-.5', '-0.5', 1), ('numeric_match', '70', '7', 0), ('numeric_match', '10-18', '18', 1),
+    ('numeric_match', '2024-05-18', '18', 1), ('numeric_match', 'x = -5', '-5', 1), ('numeric_match', '1/2', '2', 0),
+    ('numeric_match', '1/2', '0.5', 1), ('numeric_match', '1/0', '0', 0), ('numeric_match', '5 and 1e3', '3', 0),
+    ('numeric_match', '9007199254740993', '9007199254740992', 0), ('numeric_match', '9' * 6000, '9', 0),
+    ('numeric_match', ',111' * 200_000, '111', 0), ('numeric_match', '1' * 1_000_000, '1', 0),
     ('star_graph', '3,1,2', '3,1,2', 1), ('star_graph', ' 3,1,2\n', '3,1,2', 1), ('star_graph', '3,1', '3,1,2', 0),
     ('star_graph', '3,1,2,', '3,1,2', 0), ('star_graph', '3,2,1', '3,1,2', 0), ('star_graph', '', '3,1,2', 0),
     ('star_graph', '3,³,2', '3,1,2', 0)])
@@ -278,6 +285,62 @@ def test_workers_survive_hangs_and_deaths_and_name_what_raised(write, caplog):
     again = rewards.score(reward, ['?'] * 2, ['5', 'raise'], {'answer': ['5', '5']}, workers=2, timeout_seconds=1.0,
                           on_error='abstain')
     np.testing.assert_array_equal(again, [2, math.nan])
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_function_that_exits_is_an_error_of_its_row(write, workers, caplog):
+    spec = write('import sys\ndef f(completions):\n    return [sys.exit(0) if c == "6" else 1 for c in completions]\n')
+    with pytest.raises(RewardError, match=r"raised SystemExit\('0'\) at .*mine.py:3 in row 1, for the completion '6'"):
+        score(spec, workers=workers)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(score(spec, workers=workers, on_error='abstain'), [1, math.nan, 1])
+    with pytest.raises(RewardError, match='does not run: SystemExit'):
+        rewards.load(write('import sys\nsys.exit(0)\n', 'leaves.py'))
+
+
+def test_processes_that_die_while_nothing_is_graded_are_replaced(write):
+    spec = write('def f(completions):\n    return [len(c) for c in completions]\n')
+    for workers in (1, 2):
+        assert score(spec, workers=workers) == [3, 1, 1]
+        for pause in (0.0, 1.0):  # before it is seen, and after
+            pool = processes.pool(rewards.load(spec), workers)
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(pause)
+            assert score(spec, workers=workers) == [3, 1, 1]
+        assert processes.pool(rewards.load(spec), workers) is not pool
+
+
+def test_processes_that_die_as_they_start_are_an_error_and_not_a_hang(write):
+    spec = write('import multiprocessing, os\nif multiprocessing.parent_process():\n    os._exit(1)\n'
+                 'def f(completions):\n    return [1 for _ in completions]\n')
+    with pytest.raises(RewardError, match='died while they started or waited, 3 times in a row'):
+        score(spec, workers=1)
+
+
+@pytest.mark.parametrize('source', [
+    'class F:\n    def __call__(self, completions):\n        return [len(c) for c in completions]\nf = F()\n',
+    'import functools\ndef g(factor, completions):\n    return [factor * len(c) for c in completions]\n'
+    'f = functools.partial(g, 1)\n',
+    'f = lambda completions: [len(c) for c in completions]\n'])
+def test_whatever_can_be_called_is_a_function(write, source):
+    assert score(write(source)) == [3, 1, 1]
+
+
+def test_a_file_may_import_its_neighbour(write):
+    write('def size(text):\n    return len(text)\n', 'neighbour_of_mine.py')
+    spec = write('from neighbour_of_mine import size\ndef f(completions):\n    return [*map(size, completions)]\n')
+    assert score(spec) == score(spec, workers=1) == [3, 1, 1]
+
+
+def test_numbers_that_no_float_holds_are_refused(write):
+    with pytest.raises(RewardError, match=r'returned 1000.*\(int\) in row 0.*must be a finite number'):
+        score(write('def f(completions):\n    return [10 ** 400 for _ in completions]\n'))
+
+
+def test_canaries_pass_where_one_answer_comes_in_two_forms():
+    for name, answers in (('gsm8k', ['5', '5.0', '7']), ('gsm8k', ['5', '5.0']), ('numeric_match', ['1/2', '0.5'])):
+        rewards.check_canaries(rewards.load(name), ['?'] * len(answers), answers, {'answer': answers}, **HERE)
 
 
 def test_canaries_pass_where_right_earns_more():

@@ -53,7 +53,7 @@ def test_mathematics_votes_by_equivalence_in_workers() -> None:
 def test_numbers_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError('asked')
-    monkeypatch.setattr(voting.scoring, 'pool', refuse)
+    monkeypatch.setattr(voting.processes, 'run', refuse)
     assert votes('math', boxed('1', '1.0', '1,000', '1000'))[0] == ['1', '1', '1000', '1000']
 
 

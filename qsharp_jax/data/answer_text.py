@@ -4,11 +4,16 @@ from __future__ import annotations
 import re
 
 _BOXES = re.compile(r'\\(?:boxed|fbox)')
-_UNBRACED = re.compile(r'\s+([^\s$]+)')
+_UNBRACED = re.compile(r'\s+([^\s$]+)|(\d+)')
 _BRACES = re.compile(r'\\.|[{}]', re.DOTALL)
-_CHOICE = re.compile(r'\(?([A-Z])\)?[.:]?')
-_WRAPPED = re.compile(r'\\(?:text|textbf|mathrm|mathbf|textrm)\s*\{(.*)\}', re.DOTALL)
-_SAID = re.compile(r"\b[Aa]nswer(?: is)?:?\s+\(?([A-Z])\b(?!['’])")
+# (B) with or without the option's text behind it, B alone, or B with a mark and the text.
+_CHOICE = re.compile(r'(?:(?:option|choice|answer)\b[\s:]*)?(?:\(([A-Za-z])\)|([A-Za-z])(?=[.:)]|$))[.:)]?(?:\s(.*))?',
+                     re.DOTALL | re.IGNORECASE)
+_SEVERAL = re.compile(r'\s*(?:and|or|[,;/&])(?:\W|$)|.*(?:^|\s)\(?[B-Z][.:)]', re.DOTALL)
+_MARKS = re.compile(r'[$*]')
+_WRAPPED = re.compile(r'\\(?:text|textbf|mathrm|mathbf|textrm)\s*\{([^{}]*)\}')
+_SAID = re.compile(r"\b(?:[Aa]nswer|ANSWER|(?:[Cc]orrect|[Rr]ight|[Bb]est) (?:option|choice))(?: is| IS)?[:*]*\s+"
+                   r"(?:[Oo]ption\s+|[Cc]hoice\s+)?[*$\"'(]*([A-Z])\b(?!['’])")
 
 
 def boxed(answer: str) -> str:
@@ -19,8 +24,8 @@ def boxed(answer: str) -> str:
 def last_boxed(text: str) -> str | None:
     r"""Returns what is inside the last `\boxed{…}` of a text; None if there is none or its brace is never closed.
 
-    Braces nest, and escaped ones are text. `\boxed 7`, which a few solutions of MATH have, is read as well. Takes time
-    linear in the length of the text.
+    Braces nest, and escaped ones are text. `\boxed 7`, which a few solutions of MATH have, and `\boxed7` are read as
+    well. Takes time linear in the length of the text.
     """
     start = max(text.rfind('\\boxed'), text.rfind('\\fbox'))
     if start < 0:
@@ -28,7 +33,7 @@ def last_boxed(text: str) -> str | None:
     after = _BOXES.match(text, start).end()  # type: ignore[union-attr]  # it was found there
     if text[after:after + 1] != '{':
         bare = _UNBRACED.match(text, after)
-        return bare[1] if bare else None
+        return bare[1] or bare[2] if bare else None
     depth = 0
     for mark in _BRACES.finditer(text, after):
         depth += {'{': 1, '}': -1}.get(mark[0], 0)
@@ -46,10 +51,10 @@ def after_hashes(text: str) -> str | None:
 
 def last_choice(text: str) -> str | None:
     r"""Returns the letter that a text chooses: that in its last box, or else in its last 'answer is B'; or None."""
-    boxed = last_boxed(text)
-    if boxed is not None:
-        wrapped = _WRAPPED.fullmatch(boxed)
-        letter = _CHOICE.fullmatch((wrapped[1] if wrapped else boxed).strip())
-        return letter[1] if letter else None
+    inside = last_boxed(text)
+    if inside is not None:
+        letter = _CHOICE.fullmatch(_MARKS.sub('', _WRAPPED.sub(r'\1', inside)).strip())
+        one = letter and not (letter[3] and _SEVERAL.match(letter[3]))
+        return (letter[1] or letter[2]).upper() if letter and one else None
     said = _SAID.findall(text)
     return said[-1] if said else None

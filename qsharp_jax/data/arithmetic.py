@@ -58,6 +58,11 @@ class ArithmeticConfig(tfds.core.BuilderConfig):
             raise ValueError(f'two_digit_share is {self.two_digit_share}; it is a share, 0 to 1.')
         self.name = builders.config_name(self, REVISION)
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return 'train', 'validation', 'test'
+
     def size(self, split: str) -> int | None:
         """Returns how many records a split has."""
         return getattr(self, f'{split}_examples', None)

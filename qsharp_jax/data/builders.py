@@ -22,6 +22,10 @@ class TaskConfig(Protocol):
     def builder(self, data_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
         """Returns the builder of this task, which keeps its files below `data_dir`."""
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+
     def size(self, split: str) -> int | None:
         """Returns how many records a split has; None where that is known only once they are made."""
 

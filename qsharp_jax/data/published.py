@@ -35,10 +35,12 @@ class File:
 
 _GSM8K = f'{_GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data'
 GSM8K_TRAIN = File(
-    'train.jsonl', ('sha256:17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465',),
+    'train.jsonl', ('sha256:17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465',
+                    'questions:c20a9d4fdfa3124c735bc1790b19d63de1a4629c4e92b1f5ad753cb419d350e8'),
     f'{_GSM8K}/train.jsonl', 7473)
 GSM8K_TEST = File(
-    'test.jsonl', ('sha256:3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14',),
+    'test.jsonl', ('sha256:3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14',
+                   'questions:3fa49a0fab7cf62c9b98fd91317b89acd6e21eb2ad6497b2742454b777b05d9a'),
     f'{_GSM8K}/test.jsonl', 1319)
 
 # The address that MATH was published at is no longer given by its authors, so there is none here. Of its 7,500 problems

@@ -99,6 +99,11 @@ class QuestionsConfig(tfds.core.BuilderConfig):
         """Whether questions come with answers."""
         return True
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple({**dict.fromkeys(self.sources()), **({'validation': None} if self.validation_share else {})})
+
     def size(self, split: str) -> int | None:
         """Returns how many questions a split has; None where that is known only once they are read."""
         sizes = {name: source.file.size for name, source in self.sources().items() if source.file}
@@ -264,6 +269,9 @@ def divide(pools: Mapping[str, Sequence[Question]],
       pools: the questions of each file; without 'validation', that split is the first `validation_share` of 'train',
         up to a key that would be in both.
       validation_share: at least 0 and below 1.
+
+    Raises:
+      ValueError: nothing would be left to train on.
     """
     def place(question: Question) -> tuple[float, str]:
         return builders.hash_share(split_ledger.normalised(question.key)), question.question
@@ -275,6 +283,12 @@ def divide(pools: Mapping[str, Sequence[Question]],
         keys = [split_ledger.normalised(question.key) for question in pool]
         while 0 < count < len(pool) and keys[count] == keys[count - 1]:
             count += 1
+        if count == len(pool):
+            raise ValueError(
+                f'the {len(pool)} questions of train are too few, or too many of them have one text, to hold out a '
+                f'share of {validation_share:g} and train on the rest: {pool[-1].question.strip()[:80]!r}. Put what '
+                'tells them apart into the column of the question, or name a file for the validation split, or set '
+                'validation_share=0.')
         if count:
             ordered = {'validation': pool[:count], **ordered, 'train': pool[count:]}
     first, divided = 0, {}

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 _logger = logging.getLogger(__name__)
 _SHOWN = 80  # characters of a line in a message
-_RESERVED = ('prompts', 'completions')  # what a reward is given beside the columns
+RESERVED = ('prompts', 'completions')  # what a reward is given beside the columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def own(path: Path, question: str, answer: str) -> list[Question]:
         right = _text(path, number, row, answer, 'answer') if answer else ''
         columns = {'source_id' if name == 'id' else name: value for name, value in row.items()
                    if name not in (question, answer)}
-        clash = [name for name in columns if name in (*_RESERVED, 'question', 'answer')]
+        clash = [name for name in columns if name in (*RESERVED, 'question', 'answer')]
         if clash or 'id' in row and 'source_id' in row:
             _refuse(path, number, f'has the column {_listed(clash or ["source_id"])}, a name that is used otherwise: '
                                   'rename it')
@@ -173,7 +173,12 @@ def _text(path: Path, number: int, row: Row, name: str, what: str) -> str:
         _refuse(path, number, f'has {value!r} as its {what} ({name!r}); it must be text or a number')
     if not str(value).strip():
         _refuse(path, number, f'has no {what}: {name!r} is empty')
-    return str(value)
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        _refuse(path, number, f'has half of a surrogate pair in its {what} ({name!r}), which is no text')
+    return text
 
 
 def _value(path: Path, number: int, row: Row, name: str) -> Any:

@@ -78,6 +78,11 @@ class StarGraphConfig(tfds.core.BuilderConfig):
         """Number of nodes of one graph."""
         return 1 + self.degree * (self.path_length - 1)
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return 'train', 'validation', 'test'
+
     def size(self, split: str) -> int | None:
         """Returns how many records a split has."""
         return getattr(self, f'{split}_examples', None)

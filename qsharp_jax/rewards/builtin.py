@@ -12,8 +12,13 @@ from qsharp_jax.rewards.registry import register
 
 _INTEGER = re.compile(r'[+-]?\d{1,1000}')  # Python reads no integer of more than 4,300 digits
 _NODE = re.compile(r'\d{1,9}')
-_LEADING = re.compile(r'\s*\$?\s*([-+]?(?:\d[\d,]{0,99}(?:\.\d{1,99})?|\.\d{1,99}))')
-_NUMBER = re.compile(r'[-+]?(?:\d[\d,]*\.?\d*|\.\d+)')
+# Of at most a thousand digits: Python reads no integer of more than 4,300. No part of a longer number, an exponent's
+# or a list's.
+_UNSIGNED = (r'((?:\d{1,3}(?:,\d{3}){1,300}|\d{1,1000})(?:\.\d{1,1000})?|\.\d{1,1000})(?:/(\d{1,1000}))?'
+             r'(?!,?\d|\.\d|[eE][+-]?\d|/\d)')
+_LEADING = re.compile(rf'[\s*]*([-+]?)\s*(?:\\?[$€£])?\s*([-+]?){_UNSIGNED}')
+# A sign behind a digit, as in 10-18, is none of the number's.
+_NUMBER = re.compile(rf'(?:(?<![\w.)])([-+]))?(?<![\d.,/])(?<!\d[eE])(?<!\d[eE][-+]){_UNSIGNED}')
 
 
 @register('exact_match')
@@ -31,7 +36,7 @@ def arithmetic(completions: Sequence[str], answer: Sequence[str]) -> list[float]
 
 @register('numeric_match', final_answer=lambda text: _text_of(_last_number(text)))
 def numeric_match(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
-    """Whether the last number in the completion is that of the answer. Commas between digits are left out."""
+    """Whether the last number in the completion, a fraction such as 1/2 included, is that of the answer."""
     return [float(_last_number(text) == _last_number(right) is not None)
             for text, right in zip(completions, answer, strict=True)]
 
@@ -39,7 +44,7 @@ def numeric_match(completions: Sequence[str], answer: Sequence[str]) -> list[flo
 @register('gsm8k', as_completion=lambda answer: f'#### {answer}', depends=(inspect.getsource(answer_text),),
           final_answer=lambda text: _text_of(_number_of(answer_text.after_hashes(text))))
 def gsm8k(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
-    """Whether the first number behind the last '####' is the answer. A currency sign before it does not matter."""
+    """Whether the number behind the last '####' is the answer. A currency sign before it does not matter."""
     return [float(_number_of(answer_text.after_hashes(text)) == _number_of(right) is not None)
             for text, right in zip(completions, answer, strict=True)]
 
@@ -91,18 +96,27 @@ def _integer(text: str) -> str:
     return str(int(text)) if _INTEGER.fullmatch(text) else text
 
 
-def _text_of(number: float | Fraction | None) -> str | None:
+def _text_of(number: Fraction | None) -> str | None:
     return None if number is None else str(number)
 
 
-def _last_number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(',', '')) if found else None
+def _last_number(text: str) -> Fraction | None:
+    found = None
+    for found in _NUMBER.finditer(text):
+        pass
+    return _fraction(*found.groups()) if found else None
 
 
 def _number_of(text: str | None) -> Fraction | None:
     found = _LEADING.match(text or '')
-    return Fraction(found[1].replace(',', '')) if found else None
+    return _fraction(found[1] or found[2], *found.groups()[2:]) if found else None
+
+
+def _fraction(sign: str | None, above: str, below: str | None) -> Fraction | None:
+    if below is not None and not int(below):
+        return None
+    size = Fraction(above.replace(',', '')) / int(below or 1)
+    return -size if sign == '-' else size
 
 
 def _nodes(text: str) -> list[int]:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import inspect
 from pathlib import Path
@@ -20,6 +20,7 @@ _MOST_ATOMS = 101
 _TEXT = 60  # characters of a completion
 _COMPLETIONS = 'completion', 'response', 'text'  # names of the column with the answers, the first there is
 _PROMPTS = 'prompt', 'question'
+_TEXTS = 'answer', 'question', 'prompt'  # numbers in these become text, as those of a task do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,10 @@ def read(path: Path, completion: str = '') -> Answers:
         raise ValueError(f'there is no file {path}.')
     rows = list(readers.json_lines(path))
     first = rows[0][1]
+    used = [name for name in first if name in readers.RESERVED]
+    if used:
+        raise ValueError(f'{path} has the column {", ".join(map(repr, used))}, a name that a reward is given something '
+                         'else by: rename it.')
     names = [name for name in ((completion,) if completion else _COMPLETIONS) if name in first]
     if not names:
         wanted = repr(completion) if completion else f'none of {", ".join(map(repr, _COMPLETIONS))}'
@@ -68,6 +73,8 @@ def read(path: Path, completion: str = '') -> Answers:
         if not isinstance(row[names[0]], str):
             raise ValueError(f'{path}, line {number} has {row[names[0]]!r} as its answer ({names[0]!r}); it must be '
                              'text.')
+        row.update({name: str(row[name]) for name in _TEXTS
+                    if isinstance(row.get(name), (int, float)) and not isinstance(row[name], bool)})
     prompt = next((name for name in _PROMPTS if name in first), None)
     return Answers(
         prompts=[str(row[prompt]) if prompt else '' for _, row in rows],
@@ -75,19 +82,26 @@ def read(path: Path, completion: str = '') -> Answers:
         columns={name: [row[name] for _, row in rows] for name in first if name not in (names[0], 'prompt')})
 
 
-def report(spec: str, answers: Answers, *, workers: int, timeout_seconds: float) -> list[str]:
-    """Returns what there is to say of a reward, line by line.
+def report(spec: str, answers: Answers, *, workers: int | None, timeout_seconds: float) -> Iterator[str]:
+    """Yields what there is to say of a reward, line by line.
 
     Args:
       spec: as `reward` of a config.
       answers: to try it on.
-      workers: as `reward_options.workers`; at least 1 lets a reward be tried that may hang.
+      workers: as `reward_options.workers`; None: 0, or 1 for a reward that needs them. With workers every answer is
+        graded alone.
       timeout_seconds: as `reward_options.timeout_seconds`.
 
     Raises:
       RewardError: as `score`.
     """
     reward = load(spec)
+    if workers is None:
+        workers = int(any(term.registered.in_workers for term in reward.terms))
+    yield from _styles(reward)
+    yield ('graded         '
+           + (f'one at a time, in {workers} worker process{"es" if workers > 1 else ""}' if workers else
+              'all at once, in this process, where nothing ends what hangs (--workers=1 does)'))
 
     def graded(some: Answers) -> tuple[np.ndarray, float]:
         began = time.perf_counter()
@@ -97,32 +111,30 @@ def report(spec: str, answers: Answers, *, workers: int, timeout_seconds: float)
 
     graded(answers.row(0))  # whatever is loaded or compiled at first
     earned, seconds = graded(answers)
+    yield f'rows           {len(earned)}, in {seconds:.3g} s ({1000 * seconds / len(earned):.3g} ms a row)'
     again, _ = graded(answers)
     alone = [graded(answers.row(number)) for number in range(len(answers.completions))]
     separate = np.concatenate([one for one, _ in alone])
-    times = np.array([taken for _, taken in alone])
-    return [
-        *_styles(reward),
-        f'rows           {len(earned)}, together in {seconds:.3g} s ({1000 * seconds / len(earned):.3g} ms a row)',
-        *_slowest(answers.completions, times),
-        f'abstentions    {np.isnan(earned).sum()} of {len(earned)}'
-        + (' (time-outs among them, see the warnings)' if workers and np.isnan(earned).any() else ''),
-        f'deterministic  {_agreement(earned, again, "called again")}',
-        f'row by row     {_agreement(earned, separate, "called on one row alone")}',
-        *_values(earned[~np.isnan(earned)], answers.completions, ~np.isnan(earned))]
+    yield from _slowest(answers.completions, np.array([taken for _, taken in alone]))
+    yield (f'abstentions    {np.isnan(earned).sum()} of {len(earned)}'
+           + (' (where it took too long or died, a warning says so)' if workers and np.isnan(earned).any() else ''))
+    yield f'deterministic  {_agreement(earned, again, "called again")}'
+    if not workers:
+        yield f'row by row     {_agreement(earned, separate, "called on one row alone")}'
+    yield from _values(earned[~np.isnan(earned)], answers.completions, ~np.isnan(earned))
 
 
-def run(spec: str, data: Path, completion: str, workers: int, timeout_seconds: float) -> None:
+def run(spec: str, data: Path, completion: str, workers: int | None, timeout_seconds: float) -> None:
     """Prints the report on a reward and a file; see `read` and `report`."""
     for line in report(spec, read(data, completion), workers=workers, timeout_seconds=timeout_seconds):
-        print(line)
+        print(line, flush=True)
 
 
 def _styles(reward: Reward) -> list[str]:
     lines = []
     for term in reward.terms:
-        style = {'batch': 'function(prompts, completions, **columns), all answers at once',
-                 'verl': "verl's compute_score(data_source, solution_str, ground_truth, extra_info), one at a time"}
+        style = {'batch': 'function(prompts, completions, **columns)',
+                 'verl': "verl's compute_score(data_source, solution_str, ground_truth, extra_info)"}
         asynchronous = 'async ' if inspect.iscoroutinefunction(term.function) else ''
         takes = 'every column' if term.accepted is None else ', '.join(term.accepted)
         lines.append(f'reward         {term.weight:g} * {term.name}: {asynchronous}{style[term.style]}; takes {takes}')

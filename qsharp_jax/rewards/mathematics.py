@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import contextlib
-from fractions import Fraction
 import importlib.metadata
 import inspect
 import logging
@@ -18,19 +17,17 @@ import resource
 import math_verify
 
 from qsharp_jax.data import answer_text
+from qsharp_jax.rewards import answer_forms
 from qsharp_jax.rewards.registry import register
 
 LONGEST = 1000  # characters of an answer that is parsed; a longer one is right only if it is the same text
 # Answer, what is in the box, whether that is right: pairs that only algebra tells, and one that needs none.
 _CANARIES = ((r'\frac{1}{2}', '0.5', True), ('x+1', '1+x', True), ('x+1', 'x-1', False), ('2', '3', False))
+_DIGITS = 20  # behind the point, that two numbers must agree in
 _MEMORY = 4 * 2 ** 30  # bytes of address space that a worker may take
-_NUMBER = re.compile(r'[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?|[+-]?\.\d+')
-_THOUSANDS = re.compile(r'(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d{3}(?!\d))')
-_GROUPED = re.compile(r'(?<![\d.,])(?<![\d.,] )\d{1,3}(?: \d{3})+(?![\d/]| \d)')
-_BASE = re.compile(r'([0-9A-Za-z]+)_\{?(\d+)\}?')
-# White space that tells two numbers apart: without it 2 1/2 would be 21/2, and the list 1, 234 one number.
-_BETWEEN_NUMBERS = re.compile(r'(?<=[\d.])\s+(?=[\d.])|(?<=\d,)\s+(?=\d{3}(?!\d))')
-_MIXED = re.compile(r'(?<![\w.])(\d+)\s+(\d+)/(\d+)(?![\w.])')
+_BASE = re.compile(r'([+-]?[0-9A-Za-z]+)_\{?(\d+)\}?')
+_RELATION = re.compile(r'[<>]|\\(?:ne|neq|le|leq|ge|geq|lt|gt)(?![A-Za-z])')
+_TIME = re.compile(r'\d{1,2}:\d{2}')
 # Two numbers; behind a command or an index, of which the first is a part, they are not side by side.
 _ADJACENT = re.compile(r'(\\[A-Za-z]+|[_^])?[\d.]+ [\d.]')
 
@@ -40,7 +37,7 @@ logging.getLogger('math_verify').setLevel(logging.ERROR)  # it warns that it has
 def equivalent(answer: str, given: str) -> bool:
     """Returns whether a given answer is the right one in another form. What parses to nothing is not.
 
-    Numbers must be equal, not near. May take for ever.
+    Numbers must be equal, not near: decimal ones exactly, others to 20 digits. May take for ever.
 
     Args:
       answer: the right one.
@@ -50,24 +47,39 @@ def equivalent(answer: str, given: str) -> bool:
     if told is not None:
         return told
     try:
-        parsed = [math_verify.parse(answer_text.boxed(_tidy(text)), parsing_timeout=None) for text in (answer, given)]
+        parsed = [math_verify.parse(answer_text.boxed(answer_forms.tidy(text)), parsing_timeout=None)
+                  for text in (answer, given)]
         return all(parsed) and bool(math_verify.verify(
-            *parsed, allow_set_relation_comp=True, timeout_seconds=None))
+            *parsed, allow_set_relation_comp=True, timeout_seconds=None, float_rounding=_DIGITS,
+            numeric_precision=3 * _DIGITS))
     except (MemoryError, RecursionError):
         return False  # no model writes a right answer that takes gigabytes
 
 
 def settled(answer: str, given: str) -> bool | None:
     """Returns what `equivalent` does where no algebra is needed, at once; None where it is."""
-    right, other = _compact(_tidy(answer)), _compact(_tidy(given))
+    right, other = (answer_forms.compact(answer_forms.tidy(text)) for text in (answer, given))
     if not right or not other:
         return False
     if right == other:
         return True
     if max(len(right), len(other)) > LONGEST:
         return False
-    if _NUMBER.fullmatch(right) and _NUMBER.fullmatch(other):
-        return _value(right) == _value(other)
+    numbers = [answer_forms.number(text) for text in (right, other)]
+    shares = [answer_forms.percentage(text) for text in (right, other)]
+    for one, two in (numbers, shares):
+        if one is not None and two is not None:
+            return one == two
+    for share, value in zip(shares, reversed(numbers)):
+        if share is not None and value is not None:
+            return share in (value, 100 * value)  # 25 % is 25, where percent were asked for, and 0.25
+    if answer_forms.plain(right) == answer_forms.plain(other):
+        return True
+    # Of a number and a relation, 'math-verify' compares the number alone.
+    if any(value is not None and _RELATION.search(text) for value, text in zip(numbers, (other, right))):
+        return False
+    if _TIME.fullmatch(right) and _TIME.fullmatch(other):
+        return False  # as ratios 3:30 and 4:40 would be one
     bases = _BASE.fullmatch(right), _BASE.fullmatch(other)
     if bases[0] and bases[1]:
         return bases[0].groups() == bases[1].groups()
@@ -81,7 +93,7 @@ def settled(answer: str, given: str) -> bool | None:
           equivalent=equivalent, settled=settled,
           canaries=tuple((answer, answer_text.boxed(given), float(right)) for answer, given, right in _CANARIES),
           depends=(importlib.metadata.version('math-verify'), importlib.metadata.version('latex2sympy2_extended'),
-                   inspect.getsource(answer_text)))
+                   inspect.getsource(answer_text), inspect.getsource(answer_forms)))
 def math(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
     r"""Whether what is in the last \boxed{} of the completion is equivalent to the answer."""
     if multiprocessing.parent_process() is not None:
@@ -89,23 +101,3 @@ def math(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
             resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     return [float(equivalent(right, answer_text.last_boxed(text) or ''))
             for text, right in zip(completions, answer, strict=True)]
-
-
-def _tidy(text: str) -> str:
-    """Returns an answer without signs that mean nothing, a mixed number (2 1/2) as LaTeX has it."""
-    text = text.strip()
-    for left, right in (('$', '$'), ('\\(', '\\)')):
-        if len(text) > 2 and text.startswith(left) and text.endswith(right):
-            text = text[len(left):-len(right)].strip()
-    text = _THOUSANDS.sub('', text.removesuffix('.'))
-    text = _GROUPED.sub(lambda number: number[0].replace(' ', ''), text)
-    return _MIXED.sub(r'\1\\frac{\2}{\3}', text)
-
-
-def _compact(text: str) -> str:
-    """Returns a text without white space, but for one space where there is some between two numbers."""
-    return ' '.join(''.join(part.split()) for part in _BETWEEN_NUMBERS.split(text))
-
-
-def _value(number: str) -> Fraction:
-    return Fraction(number.replace(',', ''))

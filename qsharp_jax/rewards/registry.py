@@ -65,7 +65,8 @@ class Term:
       style: 'batch' (prompts, completions, **columns) or 'verl' (one answer at a time).
       accepted: names of its arguments; None if it takes any.
       required: those without a default.
-      source: bytes of the file that defines it.
+      file: that defines it.
+      source: bytes of that file.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Term:
     style: str
     accepted: tuple[str, ...] | None
     required: tuple[str, ...]
+    file: Path
     source: bytes = dataclasses.field(repr=False)
 
     @property
@@ -167,7 +169,7 @@ def load(spec: str) -> Reward:
     digest = hashlib.sha256()
     for term in terms:
         # The place of the file does not matter, what is in it does.
-        digest.update(f'{term.weight!r} {term.function.__qualname__} {len(term.source)}\n'.encode() + term.source)
+        digest.update(f'{term.weight!r} {_qualified(term.function)} {len(term.source)}\n'.encode() + term.source)
         digest.update(''.join(f'{len(text)} {text}' for text in term.registered.depends).encode())
     return Reward(spec, terms, digest.hexdigest()[:16])
 
@@ -181,13 +183,14 @@ def _term(name: str, weight: float) -> Term:
             raise RewardError(f'reward {name!r} needs the package {error.name}, which is not installed: run '
                               f'pip install -e ".[{_EXTRA}]" in the folder of this project.') from error
     if colon:
-        function, source = _from_file(name, file, attribute)
+        function, path, source = _from_file(name, file, attribute)
         said = {field: getattr(function, field) for field in ('as_completion', 'final_answer', 'equivalent')
                 if hasattr(function, field)}
         registered = Registered(function, **said)
     elif name in _REGISTRY:
         registered = _REGISTRY[name]
-        source = Path(inspect.getfile(registered.function)).read_bytes()
+        path = Path(inspect.getfile(registered.function))
+        source = path.read_bytes()
     elif name.endswith('.py'):
         raise RewardError(f'reward names the file {name!r} without a function: write {name}:function.')
     else:
@@ -195,10 +198,10 @@ def _term(name: str, weight: float) -> Term:
         hint = f'did you mean {" or ".join(near)}? ' if near else ''
         raise RewardError(f'there is no reward {name!r}: {hint}The names are {", ".join(names())}; a function of your '
                           'own is path/to/file.py:function.')
-    return _inspected(name, weight, registered, source)
+    return _inspected(name, weight, registered, path, source)
 
 
-def _inspected(name: str, weight: float, registered: Registered, source: bytes) -> Term:
+def _inspected(name: str, weight: float, registered: Registered, file: Path, source: bytes) -> Term:
     parameters = inspect.signature(registered.function).parameters.values()
     any_ = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = [parameter for parameter in parameters
@@ -210,10 +213,15 @@ def _inspected(name: str, weight: float, registered: Registered, source: bytes) 
             f'reward {name!r} takes ({", ".join(accepted)}), which is no reward function: it is called as '
             f'function(prompts=..., completions=..., column=...) or as function({", ".join(VERL_ARGUMENTS)}).')
     required = tuple(parameter.name for parameter in named if parameter.default is parameter.empty)
-    return Term(name, weight, registered, style, None if any_ else accepted, required, source)
+    return Term(name, weight, registered, style, None if any_ else accepted, required, file, source)
 
 
-def _from_file(name: str, file: str, attribute: str) -> tuple[Callable[..., Any], bytes]:
+def _qualified(function: Callable[..., Any]) -> str:
+    """Returns the name of a function within its file; that of its class for an object that is called."""
+    return str(getattr(function, '__qualname__', type(function).__qualname__))
+
+
+def _from_file(name: str, file: str, attribute: str) -> tuple[Callable[..., Any], Path, bytes]:
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise RewardError(f'reward {name!r} names the file {file!r}, which does not exist (looked for {path}).')
@@ -227,15 +235,17 @@ def _from_file(name: str, file: str, attribute: str) -> tuple[Callable[..., Any]
             raise RewardError(f'reward {name!r} names {file!r}, which is no Python file: its name must end in .py.')
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module  # dataclasses and pickle look their module up
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))  # as of a script; last, so that it hides nothing
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise RewardError(f'the file {path} of reward {name!r} does not run: '
                               f'{type(error).__name__}: {error}') from error
     function = getattr(module, attribute, None)
     if callable(function):
-        return function, source
+        return function, path, source
     own = [key for key, value in vars(module).items()
            if inspect.isfunction(value) and value.__module__ == module_name and not key.startswith('_')]
     what = 'has no such function' if function is None else f'has {attribute!r}, but not as a function'

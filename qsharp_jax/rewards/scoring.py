@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 from collections.abc import Awaitable, Mapping, Sequence
 import concurrent.futures
 import contextlib
@@ -10,22 +9,20 @@ import difflib
 import inspect
 import logging
 import math
-import multiprocessing
 import numbers
 import time
+import traceback
 from typing import Any
 
 import numpy as np
-import pebble
 
+from qsharp_jax.rewards import processes
 from qsharp_jax.rewards.registry import load, Reward, RewardError, Term, VERL_ARGUMENTS
 
 _SHOWN = 200  # characters of a text in a message
 _HANG = 20  # seconds that a task takes which is to be killed far earlier
 
 _logger = logging.getLogger(__name__)
-_pools: dict[tuple[str, str, int], pebble.ProcessPool] = {}
-_in_worker: dict[str, Reward] = {}  # the reward of a worker process, by its spec
 
 
 class _Failed(Exception):
@@ -55,9 +52,10 @@ def score(reward: Reward, prompts: Sequence[str], completions: Sequence[str], co
         raise RewardError(f"on_error is {on_error!r}; it is 'stop' or 'abstain'.")
     check_columns(reward, columns)
     _check_workers(reward, workers)
+    if workers > 0 and not timeout_seconds > 0:
+        raise RewardError(f'timeout_seconds is {timeout_seconds:g}; it must be above 0.')
     if workers > 0:
-        return _score_in_workers(reward, pool(reward, workers), prompts, completions, columns, timeout_seconds,
-                                 on_error)
+        return _score_in_workers(reward, workers, prompts, completions, columns, timeout_seconds, on_error)
     total = np.zeros(len(completions))
     for term in reward.terms:
         total += term.weight * np.array(_grade(term, prompts, completions, columns, on_error, 0), np.float64)
@@ -67,15 +65,15 @@ def score(reward: Reward, prompts: Sequence[str], completions: Sequence[str], co
 def check_canaries(reward: Reward, prompts: Sequence[str], answers: Sequence[str],
                    columns: Mapping[str, Sequence[Any]], *, workers: int, timeout_seconds: float,
                    on_error: str) -> None:
-    """Grades each answer, and beside it a wrong one: that of another row. Call it before anything costly.
+    """Grades each answer, and beside it wrong ones: those of other rows. Call it before anything costly.
 
     Before that, worker processes that a reward needs must say of its own canaries what these earn, and be killed when
     they take too long.
 
     An answer becomes a completion in the form that the reward looks for (`Reward.as_completion`).
 
-    A registered reward that does not give the right one more is an error. A function of the user's own may mean to
-    reward something else, so it gets a warning.
+    A registered reward that gives the right one no more than any of these is an error. A function of the user's own may
+    mean to reward something else, so it gets a warning.
 
     Args:
       reward: from `load`.
@@ -92,17 +90,21 @@ def check_canaries(reward: Reward, prompts: Sequence[str], answers: Sequence[str
     _check_workers(reward, workers)
     _check_processes(reward, workers, timeout_seconds)
     right_ones = [reward.as_completion(answer) for answer in answers]
-    # A digit makes another answer of a number, a letter and an expression.
-    wrong = [reward.as_completion(next((other for other in (*answers[row + 1:], *answers[:row]) if other != answer),
-                                       f'{answer}7')) for row, answer in enumerate(answers)]
-    both = {name: [*column, *column] for name, column in columns.items()}
-    earned = score(reward, [*prompts, *prompts], [*right_ones, *wrong], both, workers=workers,
-                   timeout_seconds=timeout_seconds, on_error=on_error)
-    for row, (right, less) in enumerate(zip(earned[:len(answers)], earned[len(answers):], strict=True)):
-        if math.isnan(right) or right <= less:
+    # Another row's answer may be the right one in another form. A digit makes another answer of a number, a letter and
+    # an expression.
+    wrong_ones = [[reward.as_completion(other) for other in dict.fromkeys(
+        (*answers[row + 1:], *answers[:row], f'{answer}7')) if other != answer] for row, answer in enumerate(answers)]
+    tried = [(row, text) for row, right in enumerate(right_ones) for text in (right, *wrong_ones[row])]
+    earned = iter(score(
+        reward, [prompts[row] for row, _ in tried], [text for _, text in tried],
+        {name: [column[row] for row, _ in tried] for name, column in columns.items()},
+        workers=workers, timeout_seconds=timeout_seconds, on_error=on_error).tolist())
+    for row, (right_one, texts) in enumerate(zip(right_ones, wrong_ones, strict=True)):
+        right, less = next(earned), [next(earned) for _ in texts]
+        if not any(value < right or math.isnan(value) for value in less) or math.isnan(right):
             message = (f'reward {reward.spec!r} does not tell right from wrong: to {_short(prompts[row])} the right '
-                       f'answer {_short(right_ones[row])} earns {_words(right)} and the wrong one {_short(wrong[row])} '
-                       f'earns {_words(less)}.')
+                       f'answer {_short(right_one)} earns {_words(right)} and the wrong one {_short(texts[0])} '
+                       f'earns {_words(less[0])}.')
             if not any(':' in term.name for term in reward.terms):
                 raise RewardError(f'{message} Choose a reward that fits the task.')
             _logger.warning('%s If it is meant to, ignore this.', message)
@@ -111,6 +113,8 @@ def check_canaries(reward: Reward, prompts: Sequence[str], answers: Sequence[str
 
 def _check_workers(reward: Reward, workers: int) -> None:
     """Raises RewardError if a function may hang and would be graded in this process."""
+    if workers < 0:
+        raise RewardError(f'workers is {workers}; it is a number of processes, 0 for none.')
     for term in reward.terms:
         if term.registered.in_workers and workers == 0:
             raise RewardError(f'reward {term.name!r} may take for ever on what a model writes, so it is graded in '
@@ -122,8 +126,8 @@ def _check_processes(reward: Reward, workers: int, timeout_seconds: float) -> No
     terms = [term for term in reward.terms if term.registered.in_workers]
     for term in terms:
         answers, completions, rewards = zip(*term.registered.canaries)
-        earned = _score_in_workers(load(term.name), pool(reward, workers), [''] * len(answers), completions,
-                                   {'answer': answers}, timeout_seconds, 'stop')
+        earned = _score_in_workers(load(term.name), workers, [''] * len(answers), completions, {'answer': answers},
+                                   timeout_seconds, 'stop')
         for answer, completion, right, found in zip(answers, completions, rewards, earned):
             if found != right:
                 raise RewardError(
@@ -131,11 +135,9 @@ def _check_processes(reward: Reward, workers: int, timeout_seconds: float) -> No
                     f'earn {right:g}, and earns {_words(found)}. What it grades with is broken, or of versions that '
                     'were not tried: install those of constraints.txt. If it took too long, raise '
                     'reward_options.timeout_seconds.')
-    if terms:
-        with contextlib.suppress(concurrent.futures.TimeoutError):
-            pool(reward, workers).schedule(time.sleep, args=(_HANG,), timeout=_HANG / 40).result()
-            raise RewardError(f'a worker process that was to be killed after {_HANG / 40:g} s went on for {_HANG} s: '
-                              f'reward {reward.spec!r} could hang for ever. Run it where processes may be killed.')
+    if terms and not processes.run(reward, workers, time.sleep, [(_HANG,)], _HANG / 40).late:
+        raise RewardError(f'a worker process that was to be killed after {_HANG / 40:g} s went on for {_HANG} s: '
+                          f'reward {reward.spec!r} could hang for ever. Run it where processes may be killed.')
 
 
 def _grade(term: Term, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]],
@@ -152,7 +154,7 @@ def _grade(term: Term, prompts: Sequence[str], completions: Sequence[str], colum
                   for row in range(len(completions))]
         if on_error == 'stop':
             raise RewardError(
-                f'reward {term.name!r} raised {_what(failure.__cause__)} on {len(completions)} answers together, '
+                f'reward {term.name!r} raised {_what(term, failure.__cause__)} on {len(completions)} answers together, '
                 'though not on any of them alone.') from failure.__cause__
         return graded
     return [_number(term, value, on_error, first + row, completions[row]) for row, value in enumerate(values)]
@@ -170,7 +172,7 @@ def _call(term: Term, prompts: Sequence[str], completions: Sequence[str],
         if term.accepted is not None:
             given = {name: value for name, value in given.items() if name in term.accepted}
         result = _awaited(term.function(**given))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a run does not end because a function calls sys.exit
         raise _Failed from error
     if isinstance(result, (str, bytes, Mapping)) or not hasattr(result, '__len__') or not hasattr(result, '__iter__'):
         raise RewardError(f'reward {term.name!r} returned {_short(result)} ({type(result).__name__}); it must return '
@@ -218,8 +220,12 @@ def _number(term: Term, value: Any, on_error: str, row: int, completion: str) ->
         return math.nan
     if isinstance(value, np.bool_) or hasattr(value, 'item') and getattr(value, 'ndim', None) == 0:
         value = value.item()
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return float(value)
+    number = math.nan
+    if isinstance(value, numbers.Real):
+        with contextlib.suppress(OverflowError):  # an integer or fraction that no float holds
+            number = float(value)
+    if math.isfinite(number):
+        return number
     if on_error == 'abstain':
         _logger.warning('reward %r returned %s in row %d, which abstains.', term.name, _short(value), row)
         return math.nan
@@ -230,74 +236,31 @@ def _number(term: Term, value: Any, on_error: str, row: int, completion: str) ->
 
 def _failed(term: Term, on_error: str, row: int, completion: str, cause: BaseException | None) -> float:
     """Returns NaN for a row whose grading raised, or stops."""
-    message = f'reward {term.name!r} raised {_what(cause)} in row {row}, for the completion {_short(completion)}'
+    message = f'reward {term.name!r} raised {_what(term, cause)} in row {row}, for the completion {_short(completion)}'
     if on_error == 'stop':
         raise RewardError(f"{message}. Mend the function, or set reward_options.on_error to 'abstain'.") from cause
     _logger.warning('%s; the row abstains.', message)
     return math.nan
 
 
-def _score_in_workers(reward: Reward, processes: pebble.ProcessPool, prompts: Sequence[str],
-                      completions: Sequence[str], columns: Mapping[str, Sequence[Any]], timeout_seconds: float,
-                      on_error: str) -> np.ndarray:
+def _score_in_workers(reward: Reward, workers: int, prompts: Sequence[str], completions: Sequence[str],
+                      columns: Mapping[str, Sequence[Any]], timeout_seconds: float, on_error: str) -> np.ndarray:
     known = [{name: column[row] for name, column in columns.items()} for row in range(len(completions))]
-    futures = [
-        processes.schedule(_grade_one, timeout=timeout_seconds,
-                           args=(reward.spec, row, prompts[row], completion, known[row], on_error))
-        for row, completion in enumerate(completions)]
-    earned = np.full(len(futures), np.nan)
-    late, dead = [], []
-    try:
-        for row, future in enumerate(futures):
-            try:
-                earned[row] = future.result()
-            except concurrent.futures.TimeoutError:
-                late.append(row)
-            except pebble.ProcessExpired:
-                dead.append(row)
-    except BaseException:
-        for future in futures:
-            future.cancel()
-        raise
-    for rows, what in ((late, f'took longer than {timeout_seconds:g} s'), (dead, 'killed their workers')):
+    outcomes = processes.run(reward, workers, _grade_one, [
+        (reward.spec, row, prompts[row], completion, known[row], on_error)
+        for row, completion in enumerate(completions)], timeout_seconds)
+    for rows, what in ((outcomes.late, f'took longer than {timeout_seconds:g} s'),
+                       (outcomes.dead, 'killed their workers')):
         if rows:
             _logger.warning('reward %r: %d of %d answers %s and abstain; the first is row %d, %s.', reward.spec,
-                            len(rows), len(futures), what, rows[0], _short(completions[rows[0]]))
-    return earned
-
-
-def pool(reward: Reward, workers: int) -> pebble.ProcessPool:
-    """Returns the worker processes of a reward, which live until this process ends."""
-    key = reward.spec, reward.digest, workers
-    if key not in _pools:
-        _pools[key] = pebble.ProcessPool(
-            # Spawned: a fork would copy the threads' locks of the array library.
-            workers, context=multiprocessing.get_context('spawn'), initializer=_start_worker, initargs=(reward.spec,))
-        atexit.register(_close, key)
-    return _pools[key]
-
-
-def reward_of_worker(spec: str) -> Reward:
-    """Returns a reward in a worker process: the one it was started for, or a part of that."""
-    if spec not in _in_worker:
-        _in_worker[spec] = load(spec)
-    return _in_worker[spec]
-
-
-def _close(key: tuple[str, str, int]) -> None:
-    pool = _pools.pop(key)
-    pool.stop()
-    pool.join()
-
-
-def _start_worker(spec: str) -> None:
-    reward_of_worker(spec)  # before the time of an answer begins
+                            len(rows), len(completions), what, rows[0], _short(completions[rows[0]]))
+    return np.array([math.nan if value is None else value for value in outcomes.values], np.float64)
 
 
 def _grade_one(spec: str, row: int, prompt: str, completion: str, columns: Mapping[str, Any], on_error: str) -> float:
     lists = {name: [value] for name, value in columns.items()}
     return sum(term.weight * _grade(term, [prompt], [completion], lists, on_error, row)[0]
-               for term in reward_of_worker(spec).terms)
+               for term in processes.reward_of_worker(spec).terms)
 
 
 def check_columns(reward: Reward, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -321,8 +284,12 @@ def _check_columns(term: Term, columns: Mapping[str, Sequence[Any]]) -> None:
                               f'{", ".join(sorted(columns)) or "none"}.{hint}')
 
 
-def _what(error: BaseException | None) -> str:
-    return f'{type(error).__name__}({str(error)[:_SHOWN]!r})'
+def _what(term: Term, error: BaseException | None) -> str:
+    """Returns what was raised, and the last line of the function's own file that it came through."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    place = next((f' at {frame.filename}:{frame.lineno}' for frame in reversed(frames)
+                  if frame.filename == str(term.file)), '')
+    return f'{type(error).__name__}({str(error)[:_SHOWN]!r}){place}'
 
 
 def _short(value: Any) -> str:

@@ -2,13 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import concurrent.futures
 import itertools
 import logging
 
-import pebble
-
-from qsharp_jax.rewards import scoring
+from qsharp_jax.rewards import processes
 from qsharp_jax.rewards.registry import Reward
 
 Pair = tuple[str, str]
@@ -64,24 +61,17 @@ def _compare(reward: Reward, pairs: Sequence[Pair], workers: int, timeout_second
         return {pair: bool(registered.equivalent(*pair)) for pair in pairs}
     if not pairs:
         return {}
-    pool = scoring.pool(reward, max(workers, 1))
-    futures = {pair: pool.schedule(_same, args=(reward.spec, *pair), timeout=timeout_seconds) for pair in pairs}
-    same, failed = {}, []
-    for pair, future in futures.items():
-        try:
-            same[pair] = future.result()
-        except (concurrent.futures.TimeoutError, pebble.ProcessExpired):
-            same[pair] = False
-            failed.append(pair)
+    outcomes = processes.run(reward, max(workers, 1), _same, [(reward.spec, *pair) for pair in pairs], timeout_seconds)
+    failed = [pairs[number] for number in sorted((*outcomes.late, *outcomes.dead))]
     if failed:
         _logger.warning('reward %r: %d of %d pairs of answers took longer than %g s or killed their workers, and count '
                         'as different; the first is %r.', reward.spec, len(failed), len(pairs), timeout_seconds,
                         tuple(text[:100] for text in failed[0]))
-    return same
+    return {pair: bool(same) for pair, same in zip(pairs, outcomes.values, strict=True)}
 
 
 def _same(spec: str, first: str, second: str) -> bool:
-    reward = scoring.reward_of_worker(spec)
+    reward = processes.reward_of_worker(spec)
     equivalent = reward.terms[reward.voting].registered.equivalent
     assert equivalent is not None
     return bool(equivalent(first, second))
