@@ -76,10 +76,10 @@ def _from_scratch(config: ml_collections.ConfigDict) -> None:
     config.fit.schedule = 'cosine'
     config.baselines.batch_size = 128
     config.baselines.weight_decay = 0.01
-    config.baselines.reinforce.learning_rates = (1e-4, 1e-3)
-    config.baselines.grpo.learning_rates = (1e-4, 1e-3)
-    config.baselines.dpo.learning_rates = (1e-4, 1e-3)
-    config.baselines.rpo.learning_rates = (1e-4, 1e-3)
+    config.baselines.reinforce.learning_rates = (1e-5, 1e-4, 1e-3)
+    config.baselines.grpo.learning_rates = (1e-5, 1e-4, 1e-3)
+    config.baselines.dpo.learning_rates = (1e-5, 1e-4, 1e-3)
+    config.baselines.rpo.learning_rates = (1e-5, 1e-4, 1e-3)
     config.eval.batch_rows = 500
     config.eval.block_examples = 250
     config.eval.etas = (0.05, 0.1, 0.3)
@@ -141,7 +141,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.fit.epochs = 3.0
     config.fit.warmup_steps = 100
     config.fit.learning_rate = 1e-2
-    config.fit.learning_rate_factors = (0.3, 1.0)  # as many rates as the policies have
+    config.fit.learning_rate_factors = (0.3, 1.0)  # 3e-3 and 1e-2
     config.baselines.methods = BASELINES
     config.baselines.value_on_pairs = True
     config.baselines.epochs = 3.0
@@ -181,7 +181,12 @@ def _paper(config: ml_collections.ConfigDict) -> None:
     config.fit.end_share = 0.1
     config.baselines.methods = BASELINES
     config.baselines.value_on_pairs = True
-    config.baselines.answers = 2_000_000  # 10 passes
+    # The paper has one rate a method, and ten passes for REINFORCE; here all have as many rates and answers.
+    config.fit.learning_rate_factors = (1.0, 2.5)  # the paper's, and the official code's
+    config.baselines.reinforce.learning_rates = (1e-5, 1e-4)
+    config.baselines.grpo.learning_rates = (1e-5, 1e-4)
+    config.baselines.dpo.learning_rates = (1e-5, 1e-4)
+    config.baselines.rpo.learning_rates = (1e-5, 1e-4)
     config.baselines.accumulate = 4  # the logits of GPT-2's vocabulary take most memory
     config.eval.methods = ('cd', 'fudge', 'qsharp')
     config.eval.each_iteration = True

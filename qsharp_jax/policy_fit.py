@@ -233,7 +233,7 @@ class _OwnAnswers:
             earned.reshape(self._asked, self._samples), self._scaled).ravel()
         batch = dataclasses.replace(batch, advantages=advantages.astype(np.float32))
         parts = [np.arange(first, first + self._size) for first in range(0, len(index), self._size)]
-        if self.steps > 1:
+        if self._scaled is not None:  # its ratio is to the policy that drew, in the first step too
             drawn_log_probs = [sharding.to_host(self._drawn(params, sharding.shard_batch(
                 self._experiment.mesh, batch.tokens[part]))) for part in parts]
             batch = dataclasses.replace(batch, drawn=np.concatenate(drawn_log_probs))

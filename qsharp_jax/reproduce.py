@@ -15,7 +15,7 @@ import ml_collections
 from qsharp_jax import baseline_runs, cli, commands
 from qsharp_jax import config as config_lib
 from qsharp_jax import estimates, plans, results, star_graph_records, train
-from qsharp_jax.baselines import pretraining
+from qsharp_jax.baselines import policies, pretraining
 from qsharp_jax.categorical import METHODS
 from qsharp_jax.config import Overrides
 from qsharp_jax.evaluate import Evaluated, TO_FIRST
@@ -69,6 +69,11 @@ class Planned:
             once = [(name, policy.iteration, split) for split in plan.splits if split not in swept]
             if not there.issuperset(wanted) or not chosen.issuperset(once):
                 lacking.append(f'{name} {policy.iteration}')
+        for method in [] if self.config.value.run else self.config.baselines.methods:
+            rates = {f'{rate:g}' for rate in self.config.baselines[policies.METHODS[method].section].learning_rates}
+            tried = [set(row['sweep']) for row in rows if row['method'] == method and 'sweep' in row]
+            if len(rates) > 1 and tried and not rates <= tried[0]:
+                lacking.append(f'{method} at {", ".join(sorted(rates - tried[0], key=float))}')
         scored = any(row['scored_by'] is not None for row in rows if 'scored_by' in row)
         if self.config.eval.reward_model and not scored:
             lacking.append('scores of answers')

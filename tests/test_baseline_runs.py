@@ -238,10 +238,11 @@ def test_a_stopped_training_ends_bit_for_bit_as_a_straight_one(
     assert curve(parts.workdir) == curve(compared.workdir)
 
 
-def test_the_rate_that_is_best_on_validation_is_chosen(data: Path, tmp_path: Path) -> None:
-    parts = loaded(data, tmp_path, baselines__reinforce__learning_rates='1e-9,0.03')
-    evaluation = Evaluation(parts, plan_of(parts.config))
-    baseline_runs.run_policy(parts, evaluation, 'reinforce')
+def test_the_rate_that_is_best_on_validation_is_chosen_and_a_finished_run_may_be_given_more(
+        data: Path, tmp_path: Path) -> None:
+    for rates in ('1e-9', '1e-9,0.03'):
+        parts = loaded(data, tmp_path, baselines__reinforce__learning_rates=rates)
+        baseline_runs.run_policy(parts, Evaluation(parts, plan_of(parts.config)), 'reinforce')
     row, = rows_of(parts, 'reinforce', 'validation')
     assert row['sweep'].keys() == {'1e-09', '0.03'} and row['sweep']['0.03'] > row['sweep']['1e-09']
     assert row['learning_rate'] == 0.03 and row['pass@1'] == row['sweep']['0.03']
@@ -256,6 +257,23 @@ def test_other_settings_are_refused_and_finished_policies_read_back(compared: Ex
     assert written == {path: path.stat().st_mtime_ns for path in compared.workdir.glob('checkpoints/*/*')}
     with pytest.raises(ValueError, match='policy_dpo_0.03 was trained with other settings .* beta was 0.1, now 0.3'):
         policy_fit.train(again, 'dpo', 0.03)
+
+
+@pytest.mark.parametrize('batches', [1, 2])
+def test_grpo_begins_as_reinforce_on_its_advantages(data: Path, tmp_path: Path, batches: int) -> None:
+    """The ratio is 1 where it drew: without KL and scale, its first gradient is the policy gradient."""
+    parts = loaded(data, tmp_path, baselines__grpo__batches=batches, baselines__grpo__passes=1, baselines__grpo__kl=0,
+                   baselines__grpo__scaled=False)
+    batch = policy_fit._source(parts, 'grpo')[0].round(0, parts.reference_params)[0][0]
+    settings = {**parts.config.baselines.grpo}
+    of_grpo, of_reinforce = (
+        jax.grad(lambda params, method=method: policies.loss_of(  # type: ignore[misc]
+            method, settings, policy_fit.log_probs_fn(parts), params, parts.reference_params, batch)[0])(
+                parts.reference_params) for method in ('grpo', 'reinforce'))
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(of_reinforce))
+    assert largest > 1e-3
+    for ours, plain in zip(jax.tree.leaves(of_grpo), jax.tree.leaves(of_reinforce)):
+        np.testing.assert_allclose(ours, plain, atol=1e-5 * largest)
 
 
 def test_a_round_asks_no_question_twice(data: Path, tmp_path: Path) -> None:

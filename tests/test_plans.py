@@ -82,6 +82,12 @@ def test_a_run_is_done_when_each_of_its_methods_has_its_rows(tmp_path: Path) -> 
     assert missing(None) == [] and one.status == 'done'
     for row in rows:
         assert missing(row) == [f'{row["method"]} {row["iteration"]}'] and one.status == 'to do'
+    # A finished run may be given more learning rates.
+    dpo = next(row for row in rows if row['method'] == 'dpo')
+    dpo['sweep'] = {'1e-05': 0.5, '0.001': 0.4}
+    assert missing(None) == ['dpo at 0.0001']
+    dpo['sweep']['0.0001'] = 0.3
+    assert missing(None) == []
 
 
 @pytest.mark.parametrize('arguments, words', [

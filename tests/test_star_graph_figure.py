@@ -29,7 +29,8 @@ def run(degree: int, length: int, seed: int = 0, answers: int = 100, **changes: 
         'degree': degree, 'path_length': length, 'seed': seed, 'hours': 0.25,
         'results': [row('reference', 1 / degree), row('reinforce', 0.4 + seed / 10, learning_rate=0.1),
                     row('qsharp', 0.9)],
-        'steps': [{'method': 'qsharp', 'step': 1, 'accuracy': 0.9, 'se': 0.01}],
+        'steps': [{'method': 'qsharp', 'step': 1, 'accuracy': 0.9, 'se': 0.01, 'count': 100}], 'earlier': [],
+        'fits': [],
         'values': [{'method': 'qsharp', 'position': 0, 'loss': 0.69}, {'method': 'qsharp', 'position': 1, 'loss': 0.05},
                    {'method': 'qsharp_pairs', 'position': 0, 'loss': 0.7 + seed / 10}],
         'curves': [row('reinforce', 0.3, learning_rate=0.1), row('reinforce', 0.1, learning_rate=0.2)],
@@ -53,6 +54,8 @@ def test_a_panel_a_graph_with_its_line_and_three_that_say_why(tmp_path: Path) ->
         'G(2, 5), 1/d = 50 %', 'G(5, 5), 1/d = 20 %', 'G(3, 8), 1/d = 33 %']
     dashed = [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == '--'] for ax in above.axes]
     assert dashed == [[50], [20], [pytest.approx(100 / 3)]]
+    assert [[text.get_text() for text in ax.get_legend().get_texts()] for ax in below[0].axes] == [
+        ['Q♯'], ['Q♯ on pairs', 'Q♯'], ['REINFORCE', 'Q♯']]
     # The two seeds with as many answers are averaged, and the run with fewer is a point of the curve alone.
     assert [patch.get_height() for patch in above.axes[0].patches] == pytest.approx([50, 50, 90])
     assert [label.get_text() for label in above.axes[0].get_xticklabels()] == ['reference', 'REINFORCE', 'Q♯']
@@ -108,7 +111,12 @@ def test_a_guess_costs_the_entropy_of_one_in_d() -> None:
     for degree, entropy in ((2, math.log(2)), (5, 0.2 * math.log(5) + 0.8 * math.log(1.25))):
         _, below = star_graph_figure.draw([run(degree, 5)]).subfigs
         line = below.axes[1].lines[-1]
-        assert line.get_ydata() == pytest.approx([entropy] * 2) and '1/d' in below.axes[1].texts[-1].get_text()
+        assert line.get_ydata() == pytest.approx([math.log(2)] * 2) or degree == 2
+        known = next(line for line in below.axes[1].lines if line.get_linestyle() == '--')
+        assert known.get_ydata() == pytest.approx([entropy] * 2)
+        # Of pairs one in two is right, whatever d is.
+        assert [text.get_text() for text in below.axes[1].texts] == [
+            '1/d: nothing else is known', 'on pairs: nothing is known'][:1 + (degree > 2)]
 
 
 def test_a_run_that_has_only_begun_is_drawn() -> None:
@@ -127,11 +135,18 @@ def test_errors_of_seeds() -> None:
 
 
 def test_steps_count_the_answers_that_come_to_them() -> None:
-    texts = ['5,3,4', '5,3,4', '5,1,2', '5,3,1', '3,3,4', '5,3', '']
-    assert star_graph_records.step_accuracy([(QUESTION, text) for text in texts]) == [
-        (1, pytest.approx(4 / 5), pytest.approx((0.8 * 0.2 / 5) ** 0.5)),
-        (2, pytest.approx(2 / 4), pytest.approx(0.25))]
-    assert star_graph_records.step_accuracy([(QUESTION, '1')]) == []
+    texts = ['5,3,4'] * 60 + ['5,1,2'] * 20 + ['5,3,1'] * 40 + ['3,3,4', '5,3,4,2'] * 10 + ['5,3'] * 20 + ['']
+    found = star_graph_records.step_accuracy([(QUESTION, text) for text in texts])
+    shares = [150 / 161, 130 / 150, 70 / 130, 60 / 70]  # the centre, two steps, and the end of the answer
+    assert [(row['step'], row['count']) for row in found] == [(0, 161), (1, 150), (2, 130), (3, 70)]
+    assert [row['accuracy'] for row in found] == pytest.approx(shares)
+    assert math.prod(row['accuracy'] for row in found) == pytest.approx(60 / len(texts)), 'what the reward says'
+    assert found[1]['se'] == pytest.approx((shares[1] * (1 - shares[1]) / 150) ** 0.5, rel=0.02)
+    # Nothing is certain, and of fewer than 30 answers nothing is said.
+    assert star_graph_records.step_accuracy([(QUESTION, '5,3,4')] * 30)[0]['se'] > 0.01
+    assert star_graph_records.step_accuracy([(QUESTION, '5,3,4')] * 29) == []
+    few = star_graph_records.step_accuracy([(QUESTION, text) for text in ['5,1,2'] * 40 + ['5,3,4']])
+    assert [row['step'] for row in few] == [0, 1]
 
 
 @pytest.fixture
@@ -155,19 +170,25 @@ def workdir(tmp_path: Path) -> Path:
         *(row('qsharp', iteration, 0.1, split='validation', **{'pass@1': iteration / 5}) for iteration in (1, 2)),
         row('qsharp', 2, 0.5, split='validation', selected=False)])
 
-    def sample(text: str, eta: float, temperature: float = 1.0) -> Row:
-        return {'id': 1, 'sample': 0, 'prompt': QUESTION, 'text': text, 'eta': eta, 'temperature': temperature}
+    def samples(texts: str, eta: float, temperature: float = 1.0) -> list[Row]:
+        return [{'id': number, 'sample': 0, 'prompt': QUESTION, 'text': text, 'eta': eta, 'temperature': temperature,
+                 'reward': float(text == '5,3,4')} for number, text in enumerate(texts.split())]
 
+    right, wrong = '5,3,4 ' * 30, '5,1,2 ' * 30
     write(tmp_path / 'samples/test/reference-a/block_00000.jsonl', [
-        sample('5,1,2', float('inf')), sample('5,3,4', float('inf'), 0.0)])
-    write(tmp_path / 'samples/test/reinforce_greedy-a/block_00000.jsonl', [sample('5,3,4', float('inf'))])
-    write(tmp_path / 'samples/test/reinforce-a/block_00000.jsonl', [sample('5,1,2', float('inf'))])
-    write(tmp_path / 'samples/test/qsharp_2-a/block_00000.jsonl', [sample('5,3,1', 0.1), sample('1', 0.5)])
-    write(tmp_path / 'pairs/samples/test/qsharp_1-a/block_00000.jsonl', [sample('5,3,4', 0.1)])
+        *samples(right + wrong, math.inf), *samples(right, math.inf, 0.0)])
+    # Of a policy of another rate, which was chosen before it.
+    write(tmp_path / 'samples/test/reinforce-a/block_00000.jsonl', samples(right + right + wrong, math.inf))
+    write(tmp_path / 'samples/test/reinforce-b/block_00000.jsonl', samples(wrong + right, math.inf))
+    write(tmp_path / 'samples/test/reinforce_greedy-a/block_00000.jsonl', samples(right, math.inf))
+    write(tmp_path / 'samples/test/qsharp_2-a/block_00000.jsonl', [
+        *samples(right + '5,3,1 ' * 30, 0.1), *samples('1 ' * 40, 0.5)])
+    write(tmp_path / 'pairs/samples/test/qsharp_1-a/block_00000.jsonl', samples(right + '9 ' * 30, 0.1))
     for iteration in (1, 2, 10):
         path = tmp_path / 'calibration' / f'iteration_{iteration}.json'
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({'by_position': [{'position': 0, 'loss': iteration / 10}]}))
+        path.write_text(json.dumps({'learning_rate': 0.1, 'sweep': {'0.1': 1.0},
+                                    'by_position': [{'position': 0, 'loss': iteration / 10}]}))
     path = tmp_path / 'pairs/calibration/iteration_1.json'
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({'by_position': [{'position': 0, 'loss': 0.3, 'count': 9}]}))
@@ -191,8 +212,14 @@ def test_a_work_directory_is_read(workdir: Path) -> None:
     # On the split that the curves of policies are of, and nothing that was not chosen there.
     assert [(row['answers'], row['eta'], row['pass@1']) for row in found.guided] == [(100, 0.1, 0.2), (200, 0.1, 0.4)]
     steps = {(row['method'], row['step']): row['accuracy'] for row in found.steps}
-    assert steps == {('reference', 1): 0, ('reinforce', 1): 0, ('qsharp', 1): 1, ('qsharp', 2): 0,
-                     ('qsharp_pairs', 1): 1, ('qsharp_pairs', 2): 1}
+    half = {0: 1, 1: 0.5, 2: 1, 3: 1}
+    assert steps == {(method, step): share for method, shares in (
+        ('reference', half), ('reinforce', half), ('qsharp', {0: 1, 1: 1, 2: 0.5, 3: 1}),
+        ('qsharp_pairs', {0: 0.5, 1: 1, 2: 1, 3: 1})) for step, share in shares.items()}
+    assert {row['method']: row['arms'] for row in found.results} == {
+        'reference': 1, 'reinforce': 1, 'qsharp': 0.5, 'qsharp_pairs': 0.5}
+    assert [(row['method'], row['iteration']) for row in found.earlier] == [('qsharp', 1)]
+    assert found.fits == [{'method': 'qsharp', 'learning_rate': 0.1, 'sweep': {'0.1': 1.0}}]
     assert found.values == [{'method': 'qsharp', 'position': 0, 'loss': 1.0},
                             {'method': 'qsharp_pairs', 'position': 0, 'loss': 0.3}]
     assert (found.seed, found.hours) == (7, 2.0)
@@ -232,9 +259,15 @@ def test_the_entry_point_draws_work_directories(
 def test_the_file_of_a_figure_is_all_that_it_needs(
         workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     first, again, root = tmp_path / 'first', tmp_path / 'again', tmp_path / 'root'
-    text = star_graph_records.write([workdir, workdir], first)
-    run_ = star_graph_records.read(workdir)
-    assert star_graph_records.load(first / 'star_graph.json') == [run_, run_]
+    text = star_graph_records.write([workdir], first)
+    kept, run_ = first / 'star_graph.json', star_graph_records.read(workdir)
+    assert star_graph_records.load(kept) == [run_]
+    # What is kept of a run may be named beside it, unless the run has gone on since.
+    assert star_graph_records.write([kept, workdir], tmp_path / 'both') == text
+    gone_on = tmp_path / 'gone_on.json'
+    gone_on.write_text(kept.read_text().replace('"hours": 2.0', '"hours": 3.0'))
+    with pytest.raises(ValueError, match='gone_on.json and .* both have a run on G.2, 3. with 200 answers and seed 7'):
+        star_graph_records.write([gone_on, workdir], tmp_path / 'both')
     shutil.copyfile(first / 'star_graph.json', tmp_path / 'star_graph_tiny.json')
     assert star_graph_records.write([tmp_path / 'star_graph_tiny.json'], again) == text
     for path in first.iterdir():
@@ -243,6 +276,14 @@ def test_the_file_of_a_figure_is_all_that_it_needs(
     monkeypatch.setattr(reproduce, '_RESULTS', tmp_path)
     reproduce_entry.main(['--figure=star_graph', '--size=tiny', f'--root={root}'])
     assert text in capsys.readouterr().out and (root / 'tiny/tables/star_graph.png').exists()
+
+
+def test_a_file_whose_rows_lack_something_is_refused(workdir: Path, tmp_path: Path) -> None:
+    star_graph_records.write([workdir], tmp_path / 'out')
+    path = tmp_path / 'out' / 'star_graph.json'
+    path.write_text(path.read_text().replace('"pass@1"', '"pass@2"', 1))
+    with pytest.raises(ValueError, match='holds no runs on star graphs .a row lacks one of method, answers, pass@1'):
+        star_graph_records.load(path)
 
 
 @pytest.mark.parametrize('content', ['[{"degree": 2}]', '{"degree": 2}', '[', '3'])

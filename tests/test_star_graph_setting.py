@@ -76,11 +76,30 @@ def test_splits_are_read_from_published_files(tmp_path: Path, caplog: pytest.Log
 @pytest.mark.parametrize('line, words', [
     ('1,2|2,3|1,4|4,5/1,3=1,2,5', 'line 2 is no star graph with its path: .1,2,5. is no path from 1 to 3'),
     ('1,2|2,3|1,4|4,5/1,3=1,4,3', 'is no path'), ('1,2|2,3/1,3=', 'line 2 is no star graph'),
-    ('1,2|2,3', 'line 2 is no star graph'), ('', 'line 2 is no star graph')])
+    ('1,2|2,3', 'line 2 is no star graph'), ('', 'line 2 is no star graph'),
+    ('1,2|2,3|1,4|4,5|1,6|6,7/1,3=1,2,3', r'it is of G\(3, 3\), and task.star_graph.degree and .* say G\(2, 3\)'),
+    ('1,2|2,3|3,8|1,4|4,5|5,9/1,8=1,2,3,8', r'it is of G\(2, 4\), and'),
+    ('1,2|2,3|1,4|4,20/1,3=1,2,3', 'it has the node 20, and task.star_graph.num_nodes is 20: set 21 or more'),
+    ('1,2|2,3|3,1|1,4|4,5/1,3=1,2,3', 'no arms of one length'), ('1,2|2,3|1,4/1,3=1,2,3', 'no arms of one length'),
+    ('1,2|2,3|1,2|2,3/1,3=1,2,3', 'no arms of one length'), ('1,2|2,3|6,4|4,5/1,3=1,2,3', 'no arms of one length'),
+    ('1,2|2,3|1,4|4,5/1,1=1', 'is no path from 1 to 1'), ('1,2|2,3|1,4|4,3/1,3=1,2,3', 'no arms of one length'),
+    *((line, 'not written as 0, 1, 2') for line in (
+        '1,2|2,3|1,4|4,5/1,3=1,+2,3', '1,2|2,3|1,4|4,05/1,3=1,2,3', '1,2|2,3|1,4|4,٥/1,3=1,2,3',
+        '1,2|2,3|1,4|4,1_0/1,3=1,2,3'))])
 def test_a_line_that_is_no_graph_is_named(tmp_path: Path, line: str, words: str) -> None:
     (tmp_path / 'a.txt').write_text(f'{lines(1, 2, 3, 20, 0)[0]}\n{line}\n1')
     with pytest.raises(ValueError, match=words):
-        star_graph_files.read(str(tmp_path / 'a.txt'))
+        star_graph_files.read(str(tmp_path / 'a.txt'), star_graph_files.Shape(2, 3, 20))
+
+
+def test_marks_and_blanks_around_the_lines_do_no_harm(tmp_path: Path) -> None:
+    text, shape = lines(3, 2, 3, 20, 0), star_graph_files.Shape(2, 3, 20)
+    for content in ('\ufeff' + '\r\n'.join(text) + '\r\n\r\n', '\n'.join(text), ' \n'.join(text) + '\n\n'):
+        (tmp_path / 'a.txt').write_bytes(content.encode())
+        assert [''.join(one) for one in star_graph_files.read(str(tmp_path / 'a.txt'), shape)] == text
+    (tmp_path / 'a.txt').write_bytes(b'\xff\xfe')
+    with pytest.raises(ValueError, match='a.txt is no UTF-8: invalid start byte at byte 0'):
+        star_graph_files.read(str(tmp_path / 'a.txt'), shape)
 
 
 def test_files_that_are_missing_or_too_small_are_refused(tmp_path: Path) -> None:
@@ -89,7 +108,8 @@ def test_files_that_are_missing_or_too_small_are_refused(tmp_path: Path) -> None
         StarGraphConfig(train_file=given['train_file'])
     with pytest.raises(ValueError, match='there is no file'):
         StarGraphConfig(**{**given, 'test_file': str(tmp_path / 'absent.txt')})
-    config = StarGraphConfig(**given, pretrain_examples=3, train_examples=3, validation_examples=1, test_examples=3)
+    config = StarGraphConfig(**given, path_length=3, pretrain_examples=3, train_examples=3, validation_examples=1,
+                             test_examples=3)
     with pytest.raises(ValueError, match='train.txt has 2 graphs that no other split has, and 3 are asked of it: .*'
                                          'lower task.star_graph.train_examples'):
         builders.read(config, 'train', tmp_path)

@@ -110,8 +110,9 @@ class StarGraph(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         first, generators = 0, {}
         if config.train_file:
+            shape = star_graph_files.Shape(config.degree, config.path_length, config.num_nodes)
             sizes = {split: config.size(split) or 0 for split in FRACTIONS}
-            for name, texts in star_graph_files.splits(config.files, sizes).items():
+            for name, texts in star_graph_files.splits(config.files, sizes, shape).items():
                 generators[name] = self._read_examples(texts, first)
                 first += len(texts)
             return generators

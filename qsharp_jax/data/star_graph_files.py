@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import hashlib
-import itertools
 import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from qsharp_jax.data.star_graph_text import edges_text, parse_question
+from qsharp_jax.data.star_graph_text import edges_text, parse_question, path_text, question_text
 
 _logger = logging.getLogger(__name__)
 
@@ -30,21 +29,31 @@ def digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def read(path: str) -> list[Text]:
+class Shape(NamedTuple):
+    """What all graphs of a task have in common: d arms of l nodes, the centre included, of names below `num_nodes`."""
+
+    degree: int
+    path_length: int
+    num_nodes: int
+
+
+def read(path: str, shape: Shape) -> list[Text]:
     """Returns the problems of a file, in its order.
 
     Raises:
-      ValueError: with the number of the first line that is no graph with the path from its start to its goal.
+      ValueError: it is no text, or it has a line that is no graph of this shape with the path from its start to its
+        goal; the message names the first.
     """
+    try:
+        lines = Path(path).read_bytes().decode('utf-8-sig').rstrip().split('\n')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is no UTF-8: {error.reason} at byte {error.start}.') from error
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         question, equals, answer = line.strip().partition('=')
         text = Text(question + equals, answer)
         try:
-            edges, start, goal = parse_question(text.question)
-            nodes = [int(node) for node in answer.split(',')]
-            if nodes[0] != start or nodes[-1] != goal or not set(itertools.pairwise(nodes)) <= set(edges):
-                raise ValueError(f'{answer!r} is no path from {start} to {goal}')
+            _check(text, shape)
         except ValueError as error:
             raise ValueError(f'{path}, line {number} is no star graph with its path: {error}. A line reads '
                              'a,b|c,d|…/start,goal=start,…,goal.') from error
@@ -52,12 +61,37 @@ def read(path: str) -> list[Text]:
     return found
 
 
+def _check(text: Text, shape: Shape) -> None:
+    """Raises ValueError unless a text is a graph of a shape, with its path."""
+    edges, start, goal = parse_question(text.question)
+    nodes = [int(node) for node in text.answer.split(',')]
+    after = dict(edges)
+    arms = [[start, first] for node, first in edges if node == start]
+    for arm in arms:
+        while arm[-1] in after and len(arm) <= len(edges):
+            arm.append(after[arm[-1]])
+    names = {node for arm in arms for node in arm}
+    lengths = {len(arm) for arm in arms}
+    if len(lengths) != 1 or not len(names) - 1 == len(edges) == sum(len(arm) - 1 for arm in arms):
+        raise ValueError(f'its edges are no arms of one length from {start}')
+    if (len(arms), *lengths) != shape[:2]:
+        raise ValueError(f'it is of G({len(arms)}, {lengths.pop()}), and task.star_graph.degree and path_length say '
+                         f'G({shape.degree}, {shape.path_length})')
+    if max(names) >= shape.num_nodes:
+        raise ValueError(f'it has the node {max(names)}, and task.star_graph.num_nodes is {shape.num_nodes}: set '
+                         f'{max(names) + 1} or more')
+    if nodes[-1] != goal or nodes not in arms:
+        raise ValueError(f'{text.answer!r} is no path from {start} to {goal}')
+    if question_text(edges, start, goal) + path_text(tuple(nodes)) != text.question + text.answer:
+        raise ValueError('its numbers are not written as 0, 1, 2, …')
+
+
 def graph(text: Text) -> str:
     """Returns a text that is the same for one graph whatever its goal and the order of its edges."""
     return edges_text(sorted(parse_question(text.question)[0]))
 
 
-def splits(files: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, list[Text]]:
+def splits(files: Mapping[str, str], sizes: Mapping[str, int], shape: Shape) -> dict[str, list[Text]]:
     """Returns the problems of each split: the first of its file, but for validation, which are the last of 'train'.
 
     No split has a graph of another one, whatever the order of its edges: in 'test' all are kept, then in 'validation',
@@ -66,15 +100,16 @@ def splits(files: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, list
     Args:
       files: paths of 'pretrain', 'train' and 'test'.
       sizes: problems of each split, of 'validation' too.
+      shape: of every graph.
 
     Raises:
       ValueError: a file is damaged or has too few problems.
     """
     taken: set[str] = set()
     found: dict[str, list[Text]] = {}
-    both = read(files['train'])
+    both = read(files['train'], shape)
     for name in ('test', 'validation', 'pretrain', 'train'):
-        texts = both[::-1] if name == 'validation' else both if name == 'train' else read(files[name])
+        texts = both[::-1] if name == 'validation' else both if name == 'train' else read(files[name], shape)
         path = files.get(name, files['train'])
         own = [text for text in texts if graph(text) not in taken]
         found[name] = own[:sizes[name]]

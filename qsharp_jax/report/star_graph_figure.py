@@ -19,6 +19,9 @@ Row = Mapping[str, Any]
 SHOWN = ('reference', 'reinforce', 'reinforce_greedy', 'grpo', 'dpo', 'rpo', 'cd_pairs', 'fudge_pairs', 'qsharp_pairs',
          'cd', 'fudge', 'qsharp')
 _DRAWING = ('reinforce', 'reinforce_greedy', 'grpo')  # methods that draw answers as they learn
+# Of methods that fail or succeed alike, one is drawn step by step.
+_STEPPING = ('reference', 'reinforce', 'reinforce_greedy', 'dpo', 'qsharp_pairs', 'qsharp')
+_VARIED = (('#d1495b', 'v'), ('#2a9d6f', 's'))  # colour and marker of other value networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +35,13 @@ class Run:
       hours: that it took so far, of all its phases.
       results: one row a method, on the test split, of what was chosen on validation: `method`, `pass@1`, `pass@1_se`,
         and `answers`, how many were graded for it in training (0 for the reference); of a policy that was trained
-        itself also `learning_rate`.
-      steps: accuracy of each step: `method`, `step` (from 1, the node after the centre), `accuracy` among the answers
-        that were right up to it, `se`.
+        itself also `learning_rate`; `arms`, the share of answers that are an arm of the graph.
+      earlier: likewise of iterations before the last.
+      steps: accuracy of each step: `method`, `step` (0 is the centre, l the end of the answer), `accuracy` among the
+        `count` answers that were right up to it, `se`.
       values: held-out loss of the last value network of Q♯, and of the one that was fitted to pairs: `method` ('qsharp'
         or 'qsharp_pairs'), `position` (token of the answer, from 0), `loss`.
+      fits: of these networks: `method`, `learning_rate`, and `sweep`, the held-out loss at each rate that was tried.
       curves: accuracy on validation in training: `method`, `learning_rate`, `answers`, `pass@1`, `pass@1_se`.
       guided: `answers`, `pass@1` and `pass@1_se` of Q♯ on validation after each iteration.
       variant: what is other about Q♯'s value network than in the runs that are compared; '' for nothing.
@@ -47,8 +52,10 @@ class Run:
     seed: int
     hours: float
     results: Sequence[Row]
+    earlier: Sequence[Row]
     steps: Sequence[Row]
     values: Sequence[Row]
+    fits: Sequence[Row]
     curves: Sequence[Row]
     guided: Sequence[Row]
     variant: str = ''
@@ -89,7 +96,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     several = {degree: own for degree, own in lengths.items() if len(own) > 1}
     with plots.style():
         rows = 1 + len(fullest) + len(several)
-        figure = Figure(figsize=(13.5, 4.1 * rows))
+        figure = Figure(figsize=(13.5, 4.6 * rows))
         above, *below = np.ravel(figure.subfigures(rows, 1, squeeze=False))
         for own, ax in zip(fullest.values(), above.subplots(1, len(fullest), sharey=True, squeeze=False)[0]):
             _accuracy(ax, own)
@@ -99,6 +106,9 @@ def draw(runs: Sequence[Run]) -> Figure:
             _steps(step, own)
             _values(value, [*own, *(run for run in variants if run.graph == graph)])
             _answers(answers, [run for run in runs if run.graph == graph])
+            for ax in (step, value, answers):
+                if ax.get_legend_handles_labels()[0]:
+                    ax.legend(fontsize=7, ncols=3, loc='upper center', bbox_to_anchor=(0.5, -0.2))
         for (degree, seeds), part in zip(several.items(), below[len(fullest):]):
             accuracy, loss = part.subplots(1, 2)
             _by_length(accuracy, loss, degree, seeds)
@@ -206,33 +216,30 @@ def _accuracy(ax: Axes, runs: Sequence[Run]) -> None:
 
 
 def _steps(ax: Axes, runs: Sequence[Run]) -> None:
-    rows = [row for run in runs for row in run.steps]
+    rows = [row for run in runs for row in run.steps if row['method'] in _STEPPING]
     for method, own in _sorted(_by(rows, lambda row: row['method'])):
         _curve(ax, method, own, 'step', 'accuracy', 'se')
     length = runs[0].path_length
-    _guess(ax, runs)
-    ax.set_xticks(range(1, length))
-    ax.set(xlim=(0.7, length - 0.7), ylim=(0, 104), xlabel='step of the path', ylabel='step right, %',
+    _guess(ax, runs, named=True)
+    ax.set_xticks(range(length + 1), ['centre', *map(str, range(1, length)), 'end'])
+    ax.set(xlim=(-0.3, length + 0.3), ylim=(0, 104), xlabel='step of the path', ylabel='step right, %',
            title=f'{_name(runs[0].graph)}: each step, if those before are right')
-    if rows:
-        ax.legend(fontsize=7, ncols=2, loc='lower right')
 
 
 def _values(ax: Axes, runs: Sequence[Run]) -> None:
     rows = [{**row, 'variant': run.variant} for run in runs for row in run.values]
-    for number, (variant, varied) in enumerate(_by(rows, lambda row: row['variant']).items()):
+    variants = sorted({run.variant for run in runs if run.variant})
+    for variant, varied in _by(rows, lambda row: row['variant']).items():
         for method, own in _sorted(_by(varied, lambda row: row['method'])):
             points = sorted((position, sum(row['loss'] for row in several) / len(several))
                             for position, several in _by(own, lambda row: row['position']).items())
-            look = {**_line(method), **({'linestyle': ('--', '-.')[number % 2], 'alpha': 0.7} if variant else {})}
-            ax.plot(*zip(*points), label=_titled(method, variant), **look)
-    _nothing_known(ax, runs[0].degree)
+            colour, marker = _VARIED[variants.index(variant) % len(_VARIED)] if variant else plots.look(method)
+            ax.plot(*zip(*points), label=_titled(method, variant), **_line(method, colour, marker))
+    _nothing_known(ax, runs[0].degree, any(row['method'].endswith('_pairs') for row in rows))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(title=f'{_name(runs[0].graph)}: value networks, held-out graphs', xlabel='token of the answer, from 0',
            ylabel='loss, nats')
     ax.set_ylim(bottom=0)
-    if rows:
-        ax.legend(fontsize=7)
 
 
 def _answers(ax: Axes, runs: Sequence[Run]) -> None:
@@ -245,12 +252,12 @@ def _answers(ax: Axes, runs: Sequence[Run]) -> None:
         curves += run.guided
     for method, own in _sorted(_by(curves, lambda row: row['method'])):
         _curve(ax, method, own, 'answers', 'pass@1', 'pass@1_se')
-    _guess(ax, runs)
-    ax.set(title=f'{_name(runs[0].graph)}: what more answers buy', xlabel='answers graded in training',
-           ylabel='whole path right, validation, %', ylim=(0, 104))
+    _guess(ax, runs, named=True)
+    ax.set(title=f'{_name(runs[0].graph)}: what more answers buy', ylim=(0, 104),
+           xlabel='answers graded (policies: so far in one training;\nQ♯: in all of a training of its own)',
+           ylabel='whole path right, validation, %')
     if curves:
         ax.set_xscale('log')
-        ax.legend(fontsize=7)
 
 
 def _by_length(accuracy: Axes, loss: Axes, degree: int, lengths: Sequence[Sequence[Run]]) -> None:
@@ -259,7 +266,7 @@ def _by_length(accuracy: Axes, loss: Axes, degree: int, lengths: Sequence[Sequen
     for method, own in _sorted(_by(rows, lambda row: row['method'])):
         if method in ('reference', 'qsharp'):
             _curve(accuracy, method, own, 'length', 'pass@1', 'pass@1_se')
-    _guess(accuracy, lengths[0])
+    _guess(accuracy, lengths[0], named=True)
     accuracy.set(title=f'G({degree}, l): paths of more nodes', xlabel='nodes of an arm, l',
                  ylabel='whole path right, %', ylim=(0, 104))
     # The first token is the centre, which all answers have.
@@ -277,19 +284,29 @@ def _by_length(accuracy: Axes, loss: Axes, degree: int, lengths: Sequence[Sequen
     accuracy.legend(fontsize=7)
 
 
-def _nothing_known(ax: Axes, degree: int) -> None:
-    """Draws the loss of a network that knows no more than that one in `degree` of the reference's answers is right."""
+def _nothing_known(ax: Axes, degree: int, pairs: bool = False) -> None:
+    """Draws the loss of a network that knows no more than that one in `degree` of the reference's answers is right.
+
+    Of pairs one in two is.
+    """
     share = 1 / degree
     entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
-    ax.axhline(entropy, color=plots.INK, linestyle='--', linewidth=1)
-    # On the right: the loss of the first token, which all answers share, lies on the line.
-    ax.annotate('1/d: nothing else is known', (0.98, entropy), xycoords=('axes fraction', 'data'), xytext=(0, 3),
-                textcoords='offset points', fontsize=8, ha='right')
+    lines = [(entropy, '1/d: nothing else is known', '--')]
+    if pairs and degree > 2:
+        lines.append((math.log(2), 'on pairs: nothing is known', ':'))
+    for loss, what, look in lines:
+        ax.axhline(loss, color=plots.INK, linestyle=look, linewidth=1)
+        # On the right: the loss of the first token, which all answers share, lies on the line.
+        ax.annotate(what, (0.98, loss), xycoords=('axes fraction', 'data'), xytext=(0, 3),
+                    textcoords='offset points', fontsize=8, ha='right')
 
 
-def _guess(ax: Axes, runs: Sequence[Run]) -> None:
+def _guess(ax: Axes, runs: Sequence[Run], named: bool = False) -> None:
     """Draws the line 1/d."""
     ax.axhline(100 / runs[0].degree, color=plots.INK, linestyle='--', linewidth=1)
+    if named:
+        ax.annotate('1/d', (1, 100 / runs[0].degree), xycoords=('axes fraction', 'data'), xytext=(2, 0),
+                    textcoords='offset points', fontsize=8, va='center')
 
 
 def _curve(ax: Axes, method: str, rows: Sequence[Row], place: str, value: str, error: str) -> None:
@@ -301,10 +318,10 @@ def _curve(ax: Axes, method: str, rows: Sequence[Row], place: str, value: str, e
                 **_line(method))
 
 
-def _line(method: str) -> dict[str, Any]:
+def _line(method: str, colour: str = '', marker: str = '') -> dict[str, Any]:
     """Returns how the curve of a method looks; what is on pairs, or greedy, has the colour of what is not."""
-    colour, marker = plots.look(method)
-    return {'color': colour, 'marker': marker, 'markersize': 5, 'linewidth': 1.2,
+    usual, sign = plots.look(method)
+    return {'color': colour or usual, 'marker': marker or sign, 'markersize': 5, 'linewidth': 1.2,
             'linestyle': ':' if method.endswith('_pairs') else '--' if method.endswith('_greedy') else '-'}
 
 
