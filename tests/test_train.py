@@ -187,7 +187,8 @@ def test_a_reward_that_fails_costs_no_answer(straight: Path, data: Path, tmp_pat
         file.write_text(REWARD.format(question=question, mischief=mischief))
 
     cases = {
-        'raise RuntimeError("no such graph")': (":path' raised RuntimeError('no such graph') in row", 'the completion'),
+        'raise RuntimeError("no such graph")': (
+            f":path' raised RuntimeError('no such graph') at {file}:", ' in row', 'the completion'),
         'earned.pop()': (":path' returned", 'values for 16 completions'),
         'earned[row] = float("nan")': (":path' returned nan", 'in row', 'for the completion'),
         'earned[row] = "high"': (":path' returned 'high' (str) in row", 'for the completion'),
