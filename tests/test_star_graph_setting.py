@@ -153,7 +153,8 @@ def config_of(data: Path, folder: Path, **changes: Any) -> Any:
         'reference.dtype': 'float32', 'value.dtype': 'float32', 'baselines.methods': 'dpo',
         'baselines.value_on_pairs': False, 'baselines.right': 'sampled', 'baselines.batch_size': 8,
         'baselines.epochs': 1, 'iterations': 1, 'eval.methods': 'qsharp', 'eval.select_split': '', 'eval.etas': '0.1',
-        'baselines.curve_examples': 0, **changes}).items()))
+        'baselines.dpo.learning_rates': '1e-4', 'fit.learning_rate_factors': '1.0', 'baselines.curve_examples': 0,
+        **changes}).items()))
 
 
 def test_a_published_model_is_where_pretraining_starts(tmp_path: Path) -> None:
