@@ -110,13 +110,12 @@ class Fit:
           weights: of each token's loss; they sum to 1 over a row.  # [B, T]
           rewards: of each sample.  # [B, 1]
         """
-        with torch.enable_grad():
-            logits = self._trunk(tokens, use_cache=False).last_hidden_state @ self._kernel[0]
-            losses = torch.nn.functional.binary_cross_entropy_with_logits(
-                logits, rewards.expand_as(logits), reduction='none')
-            loss = (weights * losses).sum() / len(tokens)
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        logits = self._trunk(tokens, use_cache=False).last_hidden_state @ self._kernel[0]
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, rewards.expand_as(logits), reduction='none')
+        loss = (weights * losses).sum() / len(tokens)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 5.0)
         self._optimizer.step()
         return float(loss)
@@ -127,7 +126,6 @@ class Side:
 
     def __init__(self) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        torch.set_grad_enabled(False)
         self._folder = Path()
         self._prefilled: tuple[Any, tuple[Any, Any, Tensor]] | None = None
         self._fits: dict[str, Fit] = {}
