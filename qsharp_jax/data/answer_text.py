@@ -11,7 +11,7 @@ _CHOICE = re.compile(r'(?:(?:option|choice|answer)\b[\s:]*)?(?:\(([A-Za-z])\)|([
                      re.DOTALL | re.IGNORECASE)
 _SEVERAL = re.compile(r'\s*(?:and|or|[,;/&])(?:\W|$)|.*(?:^|\s)\(?[B-Z][.:)]', re.DOTALL)
 _MARKS = re.compile(r'[$*]')
-_WRAPPED = re.compile(r'\\(?:text|textbf|mathrm|mathbf|textrm)\s*\{([^{}]*)\}')
+_WRAPPED = re.compile(r'\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}')
 _SAID = re.compile(r"\b(?:[Aa]nswer|ANSWER|(?:[Cc]orrect|[Rr]ight|[Bb]est) (?:option|choice))(?: is| IS)?[:*]*\s+"
                    r"(?:[Oo]ption\s+|[Cc]hoice\s+)?[*$\"'(]*([A-Z])\b(?!['’])")
 
@@ -19,6 +19,11 @@ _SAID = re.compile(r"\b(?:[Aa]nswer|ANSWER|(?:[Cc]orrect|[Rr]ight|[Bb]est) (?:op
 def boxed(answer: str) -> str:
     r"""Returns the text that says no more than an answer: \boxed{answer}."""
     return rf'\boxed{{{answer}}}'
+
+
+def unwrapped(text: str) -> str:
+    r"""Returns a text without `\text{…}` and its like around words."""
+    return _WRAPPED.sub(r'\1', text)
 
 
 def last_boxed(text: str) -> str | None:
@@ -53,7 +58,7 @@ def last_choice(text: str) -> str | None:
     r"""Returns the letter that a text chooses: that in its last box, or else in its last 'answer is B'; or None."""
     inside = last_boxed(text)
     if inside is not None:
-        letter = _CHOICE.fullmatch(_MARKS.sub('', _WRAPPED.sub(r'\1', inside)).strip())
+        letter = _CHOICE.fullmatch(_MARKS.sub('', unwrapped(inside)).strip())
         one = letter and not (letter[3] and _SEVERAL.match(letter[3]))
         return (letter[1] or letter[2]).upper() if letter and one else None
     said = _SAID.findall(text)

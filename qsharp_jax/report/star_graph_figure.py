@@ -21,7 +21,7 @@ SHOWN = ('reference', 'reinforce', 'reinforce_greedy', 'grpo', 'dpo', 'rpo', 'cd
 _DRAWING = ('reinforce', 'reinforce_greedy', 'grpo')  # methods that draw answers as they learn
 # Of methods that fail or succeed alike, one is drawn step by step.
 _STEPPING = ('reference', 'reinforce', 'reinforce_greedy', 'dpo', 'qsharp_pairs', 'qsharp')
-_VARIED = (('#d1495b', 'v'), ('#2a9d6f', 's'))  # colour and marker of other value networks
+_VARIED = ('grpo', 'fudge')  # whose colours and markers other value networks have, where these are not drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _values(ax: Axes, runs: Sequence[Run]) -> None:
         for method, own in _sorted(_by(varied, lambda row: row['method'])):
             points = sorted((position, sum(row['loss'] for row in several) / len(several))
                             for position, several in _by(own, lambda row: row['position']).items())
-            colour, marker = _VARIED[variants.index(variant) % len(_VARIED)] if variant else plots.look(method)
+            colour, marker = plots.look(_VARIED[variants.index(variant) % len(_VARIED)] if variant else method)
             ax.plot(*zip(*points), label=_titled(method, variant), **_line(method, colour, marker))
     _nothing_known(ax, runs[0].degree, any(row['method'].endswith('_pairs') for row in rows))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

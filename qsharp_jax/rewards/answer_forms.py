@@ -4,6 +4,8 @@ from __future__ import annotations
 from fractions import Fraction
 import re
 
+from qsharp_jax.data import answer_text
+
 _UNICODE = {
     '°': r'^\circ ', '∞': r'\infty ', '∪': r'\cup ', '∩': r'\cap ', '≤': r'\le ', '≥': r'\ge ', '≠': r'\ne ',
     '·': r'\cdot ', '×': r'\times ', '÷': r'\div ', '±': r'\pm ', 'π': r'\pi ', 'θ': r'\theta ', '∅': r'\emptyset ',
@@ -16,7 +18,7 @@ _POWER = re.compile('[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+')
 _THOUSANDS = re.compile(r'(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d{3}(?!\d))')
 _GROUPED = re.compile(r'(?<![\d.,])(?<![\d.,] )\d{1,3}(?: \d{3})+(?![\d/]| \d)')
 _MIXED = re.compile(r'(?<![\w.])(\d+)\s+(\d+)/(\d+)(?![\w.])')
-_WRITTEN = re.compile(r'\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}')
+_WORDED = re.compile(r'\d[\w.,/ ]*')  # a number, perhaps with its unit
 _NAMED = re.compile(r'(?<=\d)\s+(hundred|thousand|million|billion|trillion)\b')
 _NAMES = {'hundred': 2, 'thousand': 3, 'million': 6, 'billion': 9, 'trillion': 12}
 # White space that tells two numbers apart: without it 2 1/2 would be 21/2, and the list 1, 234 one number.
@@ -48,9 +50,9 @@ def tidy(text: str) -> str:
     for left, right in (('$', '$'), ('\\(', '\\)')):
         if len(text) > 2 and text.startswith(left) and text.endswith(right):
             text = text[len(left):-len(right)].strip()
-    whole = _WRITTEN.fullmatch(text)
-    if whole and whole[1][:1].isdigit():
-        text = whole[1].strip()
+    bare = answer_text.unwrapped(text)
+    if text.startswith('\\') and text.endswith('}') and _WORDED.fullmatch(bare):
+        text = bare
     text = _ROOT.sub(lambda root: rf'\sqrt{{{root[1] or root[2]}}}', text)
     text = _POWER.sub(lambda power: f'^{{{power[0].translate(_POWERS)}}}', text)
     text = _THOUSANDS.sub('', text.rstrip(',;').removesuffix('.'))
@@ -63,11 +65,6 @@ def tidy(text: str) -> str:
 def compact(text: str) -> str:
     """Returns a text without white space, but for one space where there is some between two numbers."""
     return ' '.join(''.join(part.split()) for part in _BETWEEN_NUMBERS.split(text))
-
-
-def plain(text: str) -> str:
-    r"""Returns a text without `\text{…}` and its like around words."""
-    return _WRITTEN.sub(r'\1', text)
 
 
 def number(text: str) -> Fraction | None:

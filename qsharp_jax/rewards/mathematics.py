@@ -73,7 +73,7 @@ def settled(answer: str, given: str) -> bool | None:
     for share, value in zip(shares, reversed(numbers)):
         if share is not None and value is not None:
             return share in (value, 100 * value)  # 25 % is 25, where percent were asked for, and 0.25
-    if answer_forms.plain(right) == answer_forms.plain(other):
+    if answer_text.unwrapped(right) == answer_text.unwrapped(other):
         return True
     # Of a number and a relation, 'math-verify' compares the number alone.
     if any(value is not None and _RELATION.search(text) for value, text in zip(numbers, (other, right))):
