@@ -1,6 +1,8 @@
 """Evaluates the value network of a finished iteration at any eta, on any split; rows go to results.jsonl.
 
   python experiments/evaluate.py --workdir=runs/mine --etas=0.05,0.1,0.3 --split=test --iteration=2
+
+Rows that are there stay as they are, and so do the etas that the run has chosen.
 """
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('--split', default='test', choices=('train', 'validation', 'test'))
     parser.add_argument('--iteration', type=int, default=0, help='whose network to use; 0: the last finished one')
     parser.add_argument('--methods', type=cli.words, default=('qsharp',), help='any of qsharp,cd,fudge,vas')
-    parser.add_argument('--examples', type=int, default=0, help='prompts of the split; 0: all')
+    parser.add_argument('--examples', type=int, default=0, help='prompts of the split; 0: as in the configuration')
     parser.add_argument('--samples', type=int, default=0, help='answers a prompt; 0: as in the configuration')
     args = parser.parse_args(argv)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import ml_collections
 
-from qsharp_jax import policy_fit
+from qsharp_jax import policy_fit, policy_settings
 from qsharp_jax.baselines import policies
 
 PASSES = 3  # of a gradient step: forward, and twice that backward
@@ -55,11 +55,11 @@ def count(config: ml_collections.ConfigDict, questions: int, answers: Mapping[st
             own, learned = 0, 2 * rounds * baselines.batch_size * step
         else:
             _, batches, turns = policy_fit.round_shape(baselines, name)
-            graded = baselines.answers or config.iterations * questions * config.collect.samples
+            graded = policy_settings.answers_of(config, questions)
             rounds = math.ceil(graded / (baselines.batch_size * batches))
             own = rounds * baselines.batch_size * batches
-            # With several steps a round, the policy that drew is asked once more.
-            learned = own * (turns * step + (turns * batches > 1))
+            # GRPO asks the policy that drew once more.
+            learned = own * (turns * step + (name == 'grpo'))
         # After rounds 1, 2, 4, ... and the last.
         curve = min(baselines.curve_examples, answers.get(select, 0)) * (rounds.bit_length() + 1)
         # Every rate on the split that one is chosen on, and the chosen one on the others.

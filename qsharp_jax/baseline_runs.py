@@ -62,7 +62,7 @@ def run_pairs(parts: Experiment, evaluation: Evaluation) -> None:
     evaluation.beside(side).run(1, values, cd_values)
     rows = read_rows(side.workdir / 'results.jsonl')
     ResultsFile(parts.workdir / 'results.jsonl').add(
-        {**row, 'method': row['method'] + PAIRS, 'answers': graded} for row in rows)
+        [{**row, 'method': row['method'] + PAIRS, 'answers': graded} for row in rows])
 
 
 def chosen_policies(parts: Experiment) -> dict[str, Params]:

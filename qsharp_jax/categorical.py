@@ -162,7 +162,7 @@ class ReturnDistribution:
         """
         rewards = np.asarray(rewards, np.float64)
         rewards = rewards[~np.isnan(rewards)]
-        slack = 1e-6 * (self.v_max - self.v_min)
+        slack = self._slack
         outside = (rewards < self.v_min - slack) | (rewards > self.v_max + slack)
         if outside.any():
             raise ValueError(
@@ -175,6 +175,18 @@ class ReturnDistribution:
                 f'{between.sum()} of {rewards.size} rewards are neither v_min = {self.v_min:g} nor v_max = '
                 f'{self.v_max:g}, the first is {rewards[between][0]:g}; "bernoulli" would round them. '
                 'Use the kind "categorical", or the projection "two_hot".')
+
+    def at_ends(self, rewards: np.ndarray) -> np.ndarray:
+        """Returns rewards, those that miss an end of the support by a rounding at that end.
+
+        A sum of weighted terms may: what earns .9999999999999999 of 1 is right.  # [N] -> [N]
+        """
+        rewards = np.where(np.abs(rewards - self.v_min) <= self._slack, self.v_min, rewards)
+        return np.where(np.abs(rewards - self.v_max) <= self._slack, self.v_max, rewards)
+
+    @property
+    def _slack(self) -> float:
+        return 1e-6 * (self.v_max - self.v_min)
 
     def _row(self, values: np.ndarray, like: Array) -> Array:
         return jnp.reshape(jnp.asarray(values, like.dtype), (1,) * (like.ndim - 1) + (-1,))

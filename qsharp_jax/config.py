@@ -29,7 +29,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 # Changing these extends a run or observes it; changing any other makes it another run.
 _MAY_CHANGE = ('eta', 'eval.*', 'baselines.*', 'logging.*', 'checkpoint.*', 'mesh.*', 'fit.checkpoint_every_steps',
-               'fit.skip_corrupt', 'reference.pretrain.run', 'reward_options.workers', 'task.data_dir', 'task.*.folder',
+               'fit.skip_corrupt', 'reference.pretrain.run', 'reward_options.*', 'task.data_dir', 'task.*.folder',
                'task.math.test_folder')
 
 

@@ -152,9 +152,11 @@ def _single(keys: Mapping[str, Any]) -> Iterator[str]:
         if not keys[key] > 0:
             yield (f'config.{key} is {keys[key]:g}; it must be above 0: it divides the return, so a small one guides '
                    'strongly.')
+    if keys['eta'] == math.inf:
+        yield 'config.eta is inf; it must be finite: the reference, which nothing guides, is always evaluated.'
     for eta in keys['eval.etas']:
-        if not eta > 0:
-            yield f'config.eval.etas has {eta:g}; every eta must be above 0.'
+        if not 0 < eta < math.inf:
+            yield f'config.eval.etas has {eta:g}; every eta must be above 0 and finite.'
     for temperature in keys['eval.reference_temperatures']:
         if not 0 <= temperature < math.inf:
             yield f'config.eval.reference_temperatures has {temperature:g}; a temperature is 0 (greedy) or more.'
@@ -200,6 +202,7 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     elif keys['guidance.outside'] == 'zero' and keys['value.v_min'] < 0:
         yield (f"config.guidance.outside is 'zero', which needs rewards of at least 0, and config.value.v_min is "
                f"{keys['value.v_min']:g}: choose 'mean', 'min', 'remove' or 'soft_bellman', or shift the reward.")
+    yield from _offsets(keys)
     if keys['guidance.epsilon_cutoff'] and keys['guidance.order'] == 'after_sampler':
         yield (f"config.guidance.epsilon_cutoff is {keys['guidance.epsilon_cutoff']:g}, and config.guidance.order is "
                "'after_sampler', in which every token that the sampler leaves is a candidate: cut with "
@@ -240,6 +243,9 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
     if keys['baselines.grpo.samples'] > 0 and round_ % keys['baselines.grpo.samples']:
         yield (f"config.baselines.grpo.samples is {keys['baselines.grpo.samples']}; it must divide the answers of a "
                f'round, batch_size * grpo.batches, which are {round_}.')
+    if keys['value.run'] and (keys['baselines.methods'] or keys['baselines.value_on_pairs']):
+        yield (f"config.value.run is {keys['value.run']!r}: a finished network guides, and nothing is trained. Set "
+               "config.baselines.methods to '' and config.baselines.value_on_pairs to False.")
     several = [method for method in (name.removesuffix('_greedy') for name in keys['baselines.methods'])
                if len(keys[f'baselines.{method}.learning_rates']) > 1]
     if several and not keys['eval.select_split']:
@@ -269,6 +275,19 @@ def _together(keys: Mapping[str, Any]) -> Iterator[str]:
         if needed > keys['task.star_graph.num_nodes']:
             yield (f'config.task.star_graph.num_nodes is {keys["task.star_graph.num_nodes"]}, but a graph of this '
                    f'degree and path_length has {needed} nodes.')
+
+
+def _offsets(keys: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on methods whose weights the rule for tokens outside the candidates does not suit."""
+    used = {keys['guidance.offset'], *keys['eval.methods']}
+    for method, outside, why in (
+            ('fudge', 'zero', "is the weight of certain success: its own weights, log probabilities of success, are at "
+                              'most 0, and tokens that nobody scored would be favoured'),
+            ('cd', 'soft_bellman', 'holds for means of exp(Z/eta), and not for exp(E[Z]/eta)')):
+        if method in used and keys['guidance.outside'] == outside:
+            where = 'guidance.offset' if keys['guidance.offset'] == method else 'eval.methods'
+            yield (f'config.{where} has {method!r}, and config.guidance.outside is {outside!r}, which {why}: choose '
+                   f"'mean' or 'min', or leave {method!r} out.")
 
 
 def _listed(items: tuple[str, ...] | list[str]) -> str:

@@ -257,7 +257,9 @@ def summarise(rows: Sequence[Row], k: int, v_min: float, v_max: float, seed: int
         'tokens_per_answer': float(np.mean([len(row['tokens']) for row in rows])),
         'occupancy': float(np.mean([row['occupancy'] for row in rows])),
         'n_examples': int(earned.shape[0]), 'n_samples': int(earned.shape[1]),
-        'seconds': float(sum(row['seconds'] for row in rows)), **_costs(rows, int(np.sum(earned >= v_max))),
+        # A greedy answer is drawn once for all of its samples.
+        'seconds': float(sum(row['seconds'] for row in rows if row['temperature'] > 0 or row['sample'] == 0)),
+        **_costs(rows, int(np.sum(earned >= v_max))),
     }
 
 

@@ -357,7 +357,7 @@ def grade(experiment: Experiment, prompts: Prompts, index: np.ndarray, texts: Se
         raise ValueError(f'reward {experiment.reward.spec!r} returned {result[row]:g} in row {row}, for the completion '
                          f'{texts[row]!r}: {error} With another range, a new --workdir and --relabel_from='
                          f'{experiment.workdir} take over what was decoded.') from error
-    return result
+    return experiment.distribution.at_ends(result)
 
 
 def _fits(experiment: Experiment, reward: float) -> bool:

@@ -1,7 +1,7 @@
 """Numbers that a run leaves behind: training curves and the table of results."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import io
 import json
 import math
@@ -85,7 +85,8 @@ class Writer:
 class ResultsFile:
     """`results.jsonl`: one row for each (method, iteration, eta, temperature, split).
 
-    Rows are sorted by that key, so the file does not depend on the order in which policies were evaluated.
+    Rows are sorted by that key, so the file does not depend on the order in which policies were evaluated. Of a method,
+    iteration and split those are `selected` that were last added so.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -95,19 +96,25 @@ class ResultsFile:
         """All rows; none if the file does not exist."""
         return read_rows(self._path)
 
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds rows in one step; a row with the key of an old one takes its place.
+    def add(self, rows: Sequence[Mapping[str, Any]], replace: bool = True) -> None:
+        """Adds rows in one step.
+
+        Args:
+          rows: the new ones.
+          replace: whether a row with the key of an old one takes its place, or else is left out.
 
         Raises:
           ValueError: a row lacks one of `RESULT_FIELDS`.
         """
-        merged = {_key(row): row for row in self.rows()}
+        chosen = {_chosen_for(row) for row in rows if row.get('selected')}
+        merged = {_key(row): {**row, 'selected': False} if _chosen_for(row) in chosen else row for row in self.rows()}
         for row in rows:
             missing = [name for name in RESULT_FIELDS if name not in row]
             if missing:
                 raise ValueError(f'a row of {self._path.name} lacks {", ".join(missing)}.')
             plain = {name: _number(value) for name, value in row.items()}
-            merged[_key(plain)] = plain
+            if replace or _key(plain) not in merged:
+                merged[_key(plain)] = plain
         self._path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self._path, _lines(merged[key] for key in sorted(merged, key=_order)))
 
@@ -155,6 +162,11 @@ def kept_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in RESULT_KEY)
+
+
+def _chosen_for(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What one eta is chosen for."""
+    return row['method'], row['iteration'], row['split']
 
 
 def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:

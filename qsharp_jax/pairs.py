@@ -6,7 +6,11 @@ their own inside that of the run: whatever is fitted to D is fitted to them by t
 """
 from __future__ import annotations
 
+import collections
 import dataclasses
+import json
+import logging
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +19,7 @@ from qsharp_jax import collect, decoding, progress
 from qsharp_jax.data.dataset import DatasetWriter, Manifest, Rollout
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.experiment import Experiment, grade
+from qsharp_jax.metrics import replace_text
 from qsharp_jax.queue import Queue
 from qsharp_jax.types import Policy
 
@@ -22,6 +27,8 @@ SETTINGS = 'right', 'pair_tries'  # of `config.baselines`: what pairs depend on 
 
 _RIGHT, _WRONG = 0, 1  # numbers of the two answers among those to their prompt
 _NOISE = 1 << 20  # iteration of the first draw in the address of its noise, beyond those of any training
+
+_logger = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
@@ -46,6 +53,8 @@ def beside(experiment: Experiment) -> Experiment:
 def read(experiment: Experiment) -> tuple[list[Pair], int]:
     """Returns the pairs, drawn unless they are there, and how many answers were graded for them.
 
+    Those whose answers the reward takes otherwise than when they were drawn, because it was edited since, are left out.
+
     Args:
       experiment: the run.
 
@@ -54,13 +63,28 @@ def read(experiment: Experiment) -> tuple[list[Pair], int]:
         they were drawn with other settings.
     """
     draw(experiment)
-    manifest = Manifest(beside(experiment).dataset_dir)
+    side = beside(experiment)
+    manifest = Manifest(side.dataset_dir)
     found: list[Pair] = []
+    others = 0
     for shard in manifest.upto(1):
-        units = {(one.example, one.sample): one for one in manifest.read(shard)}
-        found += [Pair(right.prompt, right.answer, units[example, _WRONG].answer)
-                  for (example, sample), right in units.items() if sample == _RIGHT]
-    return found, sum(shard.meta['graded'] for shard in manifest.upto(1))
+        earned = manifest.read_labels(shard, experiment.reward.digest)
+        units = {(one.example, one.sample): (one, reward >= experiment.distribution.v_max)
+                 for one, reward in zip(manifest.read(shard), earned, strict=True)}
+        for (example, sample), (right, is_right) in units.items():
+            if sample == _RIGHT:
+                wrong, is_also = units[example, _WRONG]
+                if is_right and not is_also:
+                    found.append(Pair(right.prompt, right.answer, wrong.answer))
+                else:
+                    others += 1
+    if others:
+        message = (f'{others} of {others + len(found)} pairs in {side.workdir} are no right and wrong answer to the '
+                   'reward as it is now')
+        if not found:
+            raise ValueError(f'{message}: delete that directory to draw pairs anew.')
+        _logger.warning('%s, and are left out.', message)
+    return found, sum(meta['graded'] for meta in _metas(side))
 
 
 def draw(experiment: Experiment) -> None:
@@ -79,28 +103,53 @@ def draw(experiment: Experiment) -> None:
     settings = {name: config.baselines[name] for name in SETTINGS}
     _check_settings(side, settings)
     writer = DatasetWriter(side.dataset_dir)
+    empty = _empty_blocks(side)
     queue: Queue | None = None
     size = config.collect.block_examples
     with progress.bar('draw pairs', total=len(which), unit='questions') as bar:
         for number, first in enumerate(range(0, len(which), size)):
             block = which[first:first + size]
-            if not writer.has(1, number):
+            if not writer.has(1, number) and str(number) not in empty:
                 queue = queue or experiment.queue(
                     decoding.Guidance(), None, decoding.Answering(config.sampling.max_new_tokens), prompts,
                     config.collect.batch_rows, config.seed)
-                right = _given(experiment, prompts, block) if given else {}
-                wrong, graded = _search(experiment, queue, prompts, block, right)
-                writer.write_shard(1, number, _units(prompts, block, right, wrong, config.baselines.pair_tries),
-                                   {**settings, 'graded': graded})
+                right, wrong, graded = _search(
+                    experiment, queue, prompts, block, _given(experiment, prompts, block) if given else {})
+                units = _units(block, right, wrong)
+                if units:
+                    writer.write_shard(1, number, units, {**settings, 'graded': graded})
+                else:
+                    empty[str(number)] = {**settings, 'graded': graded}
+                    replace_text(_empty_path(side), json.dumps(empty))
             bar.update(len(block))
+    if not Manifest(side.dataset_dir).shards:
+        _empty_path(side).unlink()  # nothing is there that a change of settings would contradict
+        raise ValueError(f'the reference answers none of {len(which)} questions both rightly and wrongly in '
+                         f'{config.baselines.pair_tries} tries: raise baselines.pair_tries, or leave out the methods '
+                         'that learn from pairs.')
     collect.label_missing(side, 1)
+
+
+def _empty_path(side: Experiment) -> Path:
+    return side.workdir / 'empty_blocks.json'
+
+
+def _empty_blocks(side: Experiment) -> dict[str, dict[str, Any]]:
+    """Returns what is known of each block without a pair, by its number."""
+    path = _empty_path(side)
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _metas(side: Experiment) -> list[dict[str, Any]]:
+    """Returns what is known of each block that was drawn."""
+    return [*(shard.meta for shard in Manifest(side.dataset_dir).upto(1)), *_empty_blocks(side).values()]
 
 
 def _check_settings(side: Experiment, settings: dict[str, Any]) -> None:
     """Raises ValueError if a block of pairs says that it was drawn with other settings."""
-    for shard in Manifest(side.dataset_dir).upto(1):
-        differ = [f'baselines.{name} was {shard.meta[name]!r}, now {value!r}' for name, value in settings.items()
-                  if shard.meta.get(name, value) != value]
+    for meta in _metas(side):
+        differ = [f'baselines.{name} was {meta[name]!r}, now {value!r}' for name, value in settings.items()
+                  if meta.get(name, value) != value]
         if differ:
             raise ValueError(f'the pairs in {side.workdir} were drawn with other settings: {"; ".join(differ)}. Give '
                              'them back their values, or delete that directory to draw pairs anew.')
@@ -113,27 +162,31 @@ def untruncated(policies: Policy, temperature: float) -> Policy:
         top_p=np.ones_like(policies.top_p))
 
 
-def _given(experiment: Experiment, prompts: Prompts, block: np.ndarray) -> dict[int, Rollout]:
-    """Returns the task's own answers by the row numbers of their prompts."""
-    end = min(experiment.tokenizer.eos_ids)
+def _given(experiment: Experiment, prompts: Prompts, block: np.ndarray) -> dict[int, list[int]]:
+    """Returns the ids of the task's own answers, without an end, by the row numbers of their prompts."""
     texts = [prompts.columns['answer'][index] for index in block]
     earned = grade(experiment, prompts, block, texts)
     for text, reward in zip(texts, earned):
         if not reward >= experiment.distribution.v_max:
             raise ValueError(f"baselines.right is 'answer', and the answer {text!r} earns {reward:g}, less than the "
                              f"greatest reward, {experiment.distribution.v_max:g}: use 'sampled'.")
-    return {int(index): _unit(prompts, index, _RIGHT, [*experiment.tokenizer.encode(text), end], ended=True)
-            for index, text in zip(block, texts)}
+    return {int(index): experiment.tokenizer.encode(text) for index, text in zip(block, texts)}
 
 
 def _search(experiment: Experiment, queue: Queue, prompts: Prompts, block: np.ndarray,
-            right: dict[int, Rollout]) -> tuple[dict[int, Rollout], int]:
-    """Returns the first wrong answer to each prompt, and how many were graded; missing right ones go into `right`."""
+            given: dict[int, list[int]]) -> tuple[dict[int, Rollout], dict[int, Rollout], int]:
+    """Returns a right and the first wrong answer by the row numbers of prompts, and how many answers were graded.
+
+    Right is what is given, or else the first right answer. Given ones end as most of the answers do: of several end
+    tokens a model writes one, and any other would tell right from wrong by itself.
+    """
+    right: dict[int, Rollout] = {}
     wrong: dict[int, Rollout] = {}
+    ends: collections.Counter[int] = collections.Counter()
     graded = 0
     sampler = untruncated(experiment.policies([np.inf], [1.0]), 1.0)
     for attempt in range(experiment.config.baselines.pair_tries):
-        asked = [int(index) for index in block if not (index in right and index in wrong)]
+        asked = [int(index) for index in block if not ((index in right or index in given) and index in wrong)]
         if not asked:
             break
         queue.renew(experiment.reference_params, _NOISE + attempt)
@@ -142,19 +195,19 @@ def _search(experiment: Experiment, queue: Queue, prompts: Prompts, block: np.nd
         earned = grade(experiment, prompts, drawn.units.index, [experiment.answer_text(one) for one in answers])
         graded += len(answers)
         for index, answer, ended, reward in zip(drawn.units.index, answers, drawn.read.ended, earned, strict=True):
+            if ended:
+                ends[int(answer[-1])] += 1
             if not np.isnan(reward):
                 kind, sample = (right, _RIGHT) if reward >= experiment.distribution.v_max else (wrong, _WRONG)
                 kind.setdefault(int(index), _unit(prompts, index, sample, answer, bool(ended)))
-    return wrong, graded
+    end = max(sorted(ends) or experiment.eos_ids, key=lambda token: ends[token])
+    right |= {index: _unit(prompts, index, _RIGHT, [*answer, end], ended=True) for index, answer in given.items()}
+    return right, wrong, graded
 
 
-def _units(prompts: Prompts, block: np.ndarray, right: dict[int, Rollout], wrong: dict[int, Rollout],
-           tries: int) -> list[Rollout]:
+def _units(block: np.ndarray, right: dict[int, Rollout], wrong: dict[int, Rollout]) -> list[Rollout]:
     """Returns the two answers to each prompt that has both, in the order of the prompts."""
     both = [int(index) for index in block if index in right and index in wrong]
-    if not both:
-        raise ValueError(f'the reference answers none of {len(block)} questions both rightly and wrongly in {tries} '
-                         'tries: raise baselines.pair_tries, or leave out the methods that learn from pairs.')
     return [one for index in both for one in (right[index], wrong[index])]
 
 

@@ -63,9 +63,13 @@ _VARIANTS: Mapping[str, Keys] = {
 }
 
 
-def _ablated(base: Job) -> list[Job]:
+_PAPER_Q = {'value.head_init': 'lm_head', 'fit.clip_norm': '0'}  # the official code's Q-type
+
+
+def _ablated(base: Job, of_q: Keys | None = None) -> list[Job]:
     common = {'iterations': '1', 'eval.methods': 'qsharp', 'eval.reward_model': 'False'}  # what the table shows of them
-    return [base, *(Job(f'{base.name}_{name}', base.config, {**base.keys, **keys, **common}, base.name,
+    return [base, *(Job(f'{base.name}_{name}', base.config,
+                        {**base.keys, **keys, **common, **((of_q or {}) if name == 'q' else {})}, base.name,
                         suits=base.suits)
                     for name, keys in _VARIANTS.items())]
 
@@ -84,7 +88,7 @@ def _paper(table: str) -> list[Job]:
         '1': [l3_gsm8k, l31_gsm8k, l3_math, l31_math],
         '2': [*big[0], *big[1]],
         '3': [l3_gsm8k, l31_math],
-        '4': [*_ablated(l3_gsm8k), *_ablated(l31_math)],
+        '4': [*_ablated(l3_gsm8k, _PAPER_Q), *_ablated(l31_math, _PAPER_Q)],
         '5': [Job('gsm8k_qwen2.5_7b', gsm8k, _QWEN, suits=_FOUR), qwen_math,
               Job('aime24_qwen2.5_7b', math, {**_QWEN, **_AIME}, guided_by=qwen_math.name, suits=_FOUR)],
         '6': [Job('quality_qwen2.5_7b', quality, _QWEN, suits={**_FOUR, **_LONG}),

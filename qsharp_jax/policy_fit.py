@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import hashlib
+import logging
 import math
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import checkpoint, decoding, estimators, guidance, learner, pairs, progress, sharding, units
+from qsharp_jax import (checkpoint, decoding, estimators, guidance, learner, pairs, policy_settings, progress, sharding,
+                        units)
 from qsharp_jax.baselines import losses, policies, pretraining
 from qsharp_jax.baselines.policies import Batch
 from qsharp_jax.data.prompts import Prompts
@@ -28,6 +30,8 @@ from qsharp_jax.queue import Drawn, Queue
 from qsharp_jax.types import Array, Params, Policy
 
 _ORDER, _SHUFFLE = 0x90c, 0x5f1  # of prompts, and of the answers of a round
+
+_logger = logging.getLogger(__name__)
 
 
 class Trained(NamedTuple):
@@ -79,13 +83,16 @@ def train(experiment: Experiment, method: str, learning_rate: float) -> Trained:
     """
     config = experiment.config
     stage = f'{method}_{learning_rate:g}'
-    name = f'policy_{stage}'
+    name = policy_settings.name_of(method, learning_rate)
     directory = experiment.workdir / 'checkpoints' / name
     start = float32_start(experiment)
-    settings = _settings(experiment, method, learning_rate)
+    settings = policy_settings.settings_of(config, method, learning_rate, len(experiment.prompts('train')))
     if (directory / checkpoint.VALUE_FILE).exists():
         params, meta = checkpoint.restore_params(directory, start)
-        _check_settings(meta['settings'], settings, directory)
+        policy_settings.check(meta['settings'], settings, directory)
+        if meta.get('reward', experiment.reward.digest) != experiment.reward.digest:
+            _logger.warning('%s was trained on another reward, or on this one before its files were changed. Delete '
+                            'that directory to train again.', directory)
         return Trained(params, _digest(directory), meta['answers'], name)
     source, answers = _source(experiment, method)
     steps = source.rounds * source.steps
@@ -97,7 +104,7 @@ def train(experiment: Experiment, method: str, learning_rate: float) -> Trained:
     found = saved.restore_latest(state)
     if found is not None:
         state, meta = found
-        _check_settings(meta['settings'], settings, experiment.workdir / 'checkpoints' / f'unfinished_{stage}')
+        policy_settings.check(meta['settings'], settings, experiment.workdir / 'checkpoints' / f'unfinished_{stage}')
     first = int(state.step)
     curve = _Curve(experiment)
     writer = Writer(experiment.workdir)
@@ -123,7 +130,8 @@ def train(experiment: Experiment, method: str, learning_rate: float) -> Trained:
     saved.close()
     writer.close()
     checkpoint.save_params(directory, state.params, {
-        'reference': experiment.reference_digest, 'settings': settings, 'answers': answers})
+        'reference': experiment.reference_digest, 'reward': experiment.reward.digest, 'settings': settings,
+        'answers': answers})
     return Trained(state.params, _digest(directory), answers, name)
 
 
@@ -204,7 +212,8 @@ class _OwnAnswers:
         if self._asked > len(self._prompts):
             raise ValueError(f'a round of {method} asks {self._asked} questions, and there are {len(self._prompts)}: '
                              'lower baselines.batch_size, or enlarge the train split.')
-        self.rounds = math.ceil(answers_of(experiment) / (self._asked * self._samples))
+        self.rounds = math.ceil(
+            policy_settings.answers_of(experiment.config, len(self._prompts)) / (self._asked * self._samples))
         self.steps = self._passes * batches
         self._length = _length(experiment, self._prompts)
         self._queue: Queue | None = None
@@ -315,13 +324,6 @@ def round_shape(baselines: Any, method: str) -> tuple[int, int, int]:
     return (grpo.samples, grpo.batches, grpo.passes) if method == 'grpo' else (1, 1, 1)
 
 
-def answers_of(experiment: Experiment) -> int:
-    """Returns how many answers a method that draws its own may have graded."""
-    config = experiment.config
-    collected = (config.collect.examples or len(experiment.prompts('train'))) * config.collect.samples
-    return int(config.baselines.answers or config.iterations * collected)
-
-
 def _source(experiment: Experiment, method: str) -> tuple[_Source, int]:
     """Returns the rounds of a method, and how many answers are graded for all of them."""
     source: _Pairs | _OwnAnswers = (
@@ -347,25 +349,6 @@ def optimizer_config(baselines: Any, learning_rate: float, steps: int) -> Optimi
         learning_rate=learning_rate, weight_decay=baselines.weight_decay, clip_norm=baselines.clip_norm or math.inf,
         schedule=baselines.schedule, end_share=baselines.end_share,
         warmup_steps=math.floor(baselines.warmup_share * steps), total_steps=steps, optimizer=baselines.optimizer)
-
-
-def _settings(experiment: Experiment, method: str, learning_rate: float) -> dict[str, Any]:
-    """Returns what a policy depends on besides what no run may change."""
-    baselines = experiment.config.baselines
-    kind = policies.METHODS[method]
-    common = ('batch_size', 'optimizer', 'weight_decay', 'clip_norm', 'warmup_share', 'schedule', 'end_share')
-    own = {name: value for name, value in baselines[kind.section].items() if name != 'learning_rates'}
-    data = ({name: baselines[name] for name in ('epochs', *pairs.SETTINGS)} if kind.pairs
-            else {'answers': answers_of(experiment)})
-    return {'learning_rate': learning_rate, **{name: baselines[name] for name in common}, **own, **data}
-
-
-def _check_settings(saved: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
-    differ = [f'{name} was {saved.get(name)!r}, now {value!r}' for name, value in now.items()
-              if saved.get(name) != value]
-    if differ:
-        raise ValueError(f'{directory} was trained with other settings of config.baselines: {"; ".join(differ)}. Give '
-                         'them back their values, or delete that directory to train again.')
 
 
 def _digest(directory: Path) -> str:

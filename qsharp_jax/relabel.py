@@ -39,29 +39,54 @@ def adopt(parts: Experiment, source: Path, iterations: int = 0) -> str:
     Raises:
       ValueError: it holds no roll-outs, or such that this run would not have drawn; or D has others already.
     """
-    path = source / 'config.json'
-    if not path.exists():
-        raise ValueError(f'--relabel_from {source} holds no run: it has no config.json.')
-    other = config_lib.from_json(path.read_text())
-    _check_drawn_alike(parts, source, other)
+    other = check_source(parts.config, source)
+    _check_reference(parts, source)
     manifest = Manifest(source / 'dataset')
     shards = manifest.upto(min(parts.config.iterations, iterations or parts.config.iterations))
-    if not shards:
-        raise ValueError(f'--relabel_from {source} has no roll-outs yet.')
     if jax.process_index() == 0:
         writer = DatasetWriter(parts.dataset_dir)
         for shard in shards:
             _check_prompts(parts, manifest, shard)
-            writer.adopt(manifest, shard, {'relabelled_from': str(source), 'roll_in_reward': other.reward})
+            writer.adopt(manifest, shard, {
+                'relabelled_from': str(source), 'roll_in_reward': _rolled_in_by(shard, other)})
         _adopt_answers(parts, source)
     last = shards[-1].iteration
     found = (f'{sum(shard.n for shard in shards)} roll-outs of {last} iteration{"s" * (last > 1)} come from {source} '
              f'and are graded anew, by {parts.reward.spec}: the reference finished each of them, so labels of any '
              'reward are valid.')
     if last > 1:
-        found += (f' But iterations 2 to {last} were rolled in with a policy guided by {other.reward}: they cover what '
-                  'that reward led to, not what this one would.')
+        rewards = dict.fromkeys(_rolled_in_by(shard, other) for shard in shards if shard.iteration > 1)
+        found += (f' But iterations 2 to {last} were rolled in with a policy guided by {" and ".join(rewards)}: they '
+                  'cover what that reward led to, not what this one would.')
     return found
+
+
+def check_source(config: ml_collections.ConfigDict, source: Path) -> ml_collections.ConfigDict:
+    """Returns the config of a run whose roll-outs a run of this config would have drawn as well.
+
+    Args:
+      config: of the run that takes them.
+      source: work directory of the other.
+
+    Raises:
+      ValueError: it holds no roll-outs, or such that this run would not draw.
+    """
+    path = source / 'config.json'
+    if not path.exists():
+        raise ValueError(f'--relabel_from {source} holds no run: it has no config.json.')
+    other = config_lib.from_json(path.read_text())
+    differ = drawn_otherwise(other, config)
+    if differ:
+        raise ValueError(f'--relabel_from {source} has roll-outs that this run would not draw: {"; ".join(differ)}. '
+                         'Give these keys the values they had.')
+    if not Manifest(source / 'dataset').shards:
+        raise ValueError(f'--relabel_from {source} has no roll-outs yet.')
+    return other
+
+
+def _rolled_in_by(shard: Shard, run: ml_collections.ConfigDict) -> str:
+    """Returns the reward that roll-ins were guided by: that of the run, unless it has them from another."""
+    return str(shard.meta.get('roll_in_reward', run.reward))
 
 
 def _adopt_answers(parts: Experiment, source: Path) -> None:
@@ -87,11 +112,7 @@ def drawn_otherwise(theirs: ml_collections.ConfigDict, ours: ml_collections.Conf
             if old[key] != new[key] and _matches(key, _DRAWN_BY) and not _matches(key, _WHEREVER)]
 
 
-def _check_drawn_alike(parts: Experiment, source: Path, other: ml_collections.ConfigDict) -> None:
-    differ = drawn_otherwise(other, parts.config)
-    if differ:
-        raise ValueError(f'--relabel_from {source} has roll-outs that this run would not draw: {"; ".join(differ)}. '
-                         'Give these keys the values they had.')
+def _check_reference(parts: Experiment, source: Path) -> None:
     fitted = source / parts.value_dir(1).relative_to(parts.workdir)
     if (fitted / checkpoint.VALUE_FILE).exists():
         digest = checkpoint.load_meta(fitted)['reference']

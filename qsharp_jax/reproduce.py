@@ -14,7 +14,7 @@ import ml_collections
 
 from qsharp_jax import baseline_runs, cli, commands
 from qsharp_jax import config as config_lib
-from qsharp_jax import estimates, plans, results, star_graph_records, train
+from qsharp_jax import estimates, experiment, plans, policy_settings, results, star_graph_records, train
 from qsharp_jax.baselines import policies, pretraining
 from qsharp_jax.categorical import METHODS
 from qsharp_jax.config import Overrides
@@ -57,6 +57,8 @@ class Planned:
     @property
     def missing(self) -> list[str]:
         """Names of what is not in results.jsonl yet; none where the run is done."""
+        if self.other_configuration:
+            return ['what this configuration asks for']
         plan = results.plan_of(self.config)
         rows = [] if not (self.workdir / 'results.jsonl').exists() else read_rows(self.workdir / 'results.jsonl')
         there = {(row['method'], row['iteration'], row['eta'], row['temperature'], row['split']) for row in rows}
@@ -71,8 +73,9 @@ class Planned:
                 lacking.append(f'{name} {policy.iteration}')
         for method in [] if self.config.value.run else self.config.baselines.methods:
             rates = {f'{rate:g}' for rate in self.config.baselines[policies.METHODS[method].section].learning_rates}
-            tried = [set(row['sweep']) for row in rows if row['method'] == method and 'sweep' in row]
-            if len(rates) > 1 and tried and not rates <= tried[0]:
+            tried = [{f'{row["learning_rate"]:g}', *row['sweep']} for row in rows
+                     if row['method'] == method and 'sweep' in row]
+            if tried and not rates <= tried[0]:
                 lacking.append(f'{method} at {", ".join(sorted(rates - tried[0], key=float))}')
         scored = any(row['scored_by'] is not None for row in rows if 'scored_by' in row)
         if self.config.eval.reward_model and not scored:
@@ -84,9 +87,10 @@ class Planned:
     def _evaluated(self, plan: results.Plan) -> Iterator[tuple[str, Evaluated]]:
         """Yields each policy that the run leaves rows of, with the name of its method in them."""
         config, last = self.config, self.config.iterations
+        others = last if plan.each_iteration else 1  # of which borrowed networks guide methods other than Q#
         for iteration in range(last + 1):
-            # A borrowed network is the last that its run has.
-            meant = set(METHODS) - ({'qsharp'} if config.value.run and iteration < last else set())
+            meant = {method for method in METHODS
+                     if not config.value.run or iteration == (last if method == 'qsharp' else others)}
             for policy in itertools.chain.from_iterable(results.policies(plan, iteration, meant)):
                 yield policy.method, policy
         if config.value.run:  # nothing is trained then
@@ -98,8 +102,24 @@ class Planned:
             yield method, Evaluated(method, 0, math.inf, plan.temperatures[0])
 
     @property
+    def other_configuration(self) -> str:
+        """What a run that is there has otherwise than this plan, in words; '' where it can go on."""
+        path = self.workdir / 'config.json'
+        if not path.exists():
+            return ''
+        try:
+            config_lib.check_resume(config_lib.from_json(path.read_text()), self.config)
+            if self.config.collect.examples and not self.config.value.run:
+                policy_settings.check_finished(self.config, self.workdir, self.config.collect.examples)
+        except ValueError as error:
+            return str(error)
+        return ''
+
+    @property
     def status(self) -> str:
         """How far it is, in words."""
+        if self.other_configuration:
+            return 'there is another run in its place'
         if not self.missing:
             return 'done'
         path = self.workdir / 'timings.json'
@@ -234,6 +254,16 @@ def describe(found: Sequence[Planned]) -> str:
     return '\n'.join([*lines, f'{len(found) - left} of {len(found)} runs are done.'])
 
 
+def _check(one: Planned) -> None:
+    """Raises ValueError if a run would be refused, before those that come before it take their time."""
+    if one.other_configuration:
+        raise ValueError(f'{one.job.name}: {one.other_configuration} Or keep the runs of this configuration elsewhere, '
+                         'with --root.')
+    config = one.config.copy_and_resolve_references()
+    config.reference.pretrain.run = ''  # a run before this one may not have trained it yet
+    experiment.outline(config, one.workdir)
+
+
 def run(name: str, size: str, root: Path, overrides: Overrides = (), policy: str = '', only: Sequence[str] = (),
         execute: bool = False) -> str:
     """Prints a plan; runs what is missing, if asked to; makes the table or figure of what there is, returned as text.
@@ -254,6 +284,9 @@ def run(name: str, size: str, root: Path, overrides: Overrides = (), policy: str
     """
     found = planned(name, size, root, overrides, policy, only)
     print(describe(found), flush=True)
+    for one in found if execute else []:
+        if one.status != 'done':
+            _check(one)
     for one in found if execute else []:
         if one.status == 'done':
             continue

@@ -61,9 +61,15 @@ def plan_of(config: Any) -> Plan:
         each_iteration=bool(evaluation.each_iteration))
 
 
-def needs_cd_network(config: Any, iteration: int) -> bool:
-    """Returns whether CD or VAS is evaluated after an iteration with a value network of its own."""
-    return (config.eval.cd_network == 'own' and not {'cd', 'vas'}.isdisjoint(config.eval.methods)
+def needs_cd_network(config: Any, iteration: int, methods: Collection[str] = ()) -> bool:
+    """Returns whether CD or VAS is evaluated after an iteration with a value network of its own.
+
+    Args:
+      config: of the run.
+      iteration: the one meant.
+      methods: that are evaluated; none for those of the config.
+    """
+    return (config.eval.cd_network == 'own' and not {'cd', 'vas'}.isdisjoint(methods or config.eval.methods)
             and (iteration == 1 or bool(config.eval.each_iteration)))
 
 
@@ -89,14 +95,21 @@ def policies(plan: Plan, iteration: int, methods: Collection[str] = METHODS) -> 
 class Evaluation:
     """Evaluates iterations one after the other, and compares each policy with those before it."""
 
-    def __init__(self, parts: Experiment, plan: Plan) -> None:
-        self._parts, self._plan = parts, plan
+    def __init__(self, parts: Experiment, plan: Plan, of_run: bool = True) -> None:
+        """
+        Args:
+          parts: the run.
+          plan: what is measured.
+          of_run: whether this is the evaluation that the run's config asks for, whose rows take the place of earlier
+            ones and say which eta is chosen; rows of any other join those that are there.
+        """
+        self._parts, self._plan, self._of_run = parts, plan, of_run
         self._answers: dict[tuple[str, Evaluated], list[Row]] = {}
         # The chosen policy of a method and split: its row, which says what it was compared with.
         self._chosen: dict[tuple[str, str], Evaluated] = {}
         self._results = ResultsFile(parts.workdir / 'results.jsonl')
 
-    def run(self, iteration: int, values: Params, cd_values: Params = None, record: bool = True,
+    def run(self, iteration: int, values: Params, cd_values: Params = None,
             methods: Collection[str] = METHODS) -> None:
         """Adds the rows of every policy of an iteration to results.jsonl.
 
@@ -107,7 +120,6 @@ class Evaluation:
           iteration: 0 for the reference, else that of the value network.
           values: parameters of that network; None for iteration 0.
           cd_values: of the network that CD and VAS are guided by, if they have their own.
-          record: False to draw the answers for comparisons only, and leave results.jsonl as it is.
           methods: that are meant, of those of the plan.
         """
         plan = self._plan
@@ -126,8 +138,7 @@ class Evaluation:
                     # The reference's is that of the sampler's own temperature; FUDGE has one only.
                     if evaluated == group[0] if method in ('reference', 'fudge') else evaluated.eta == chosen:
                         self._chosen[method, split] = evaluated
-                if record:
-                    self._results.add([self._row(evaluated, split) for evaluated in asked])
+                self._results.add([self._row(evaluated, split) for evaluated in asked], replace=self._of_run)
 
     def rank(self, iteration: int, values: Params) -> None:
         """Scores answers by a value network, and adds what best-of-k and weighted votes earn to results.jsonl.
@@ -233,7 +244,7 @@ class Evaluation:
             if other != evaluated and evaluated.method != 'reference' and (split, other) in self._answers:
                 found = evaluate.compare(own, self._answers[split, other], low, f'{seed} {split}')
                 row.update({f'difference_to_{name}{part}': value for part, value in found.items()})
-        row['selected'] = self._chosen.get((evaluated.method, split)) == evaluated
+        row['selected'] = self._of_run and self._chosen.get((evaluated.method, split)) == evaluated
         return row
 
 

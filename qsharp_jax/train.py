@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
+import itertools
 import json
+import math
 from pathlib import Path
 import time
 
@@ -16,13 +18,14 @@ import ml_collections
 
 from qsharp_jax import baseline_runs, checkpoint, collect
 from qsharp_jax import config as config_lib
-from qsharp_jax import describe, experiment, first_reference, fit, fits, progress, relabel, report, sharding
+from qsharp_jax import (config_rules, describe, experiment, first_reference, fit, fits, policy_settings, progress,
+                        relabel, report, sharding)
 from qsharp_jax import topology as topology_lib
 from qsharp_jax.categorical import METHODS
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows, replace_text
-from qsharp_jax.results import Evaluation, needs_cd_network, plan_of
+from qsharp_jax.results import Evaluation, needs_cd_network, Plan, plan_of, policies
 from qsharp_jax.types import Params
 
 _NOTHING_YET = {'config.json', 'config.json.tmp', 'timings.json', 'timings.json.tmp'}
@@ -57,10 +60,14 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
     if dry_run:
         print(describe.plan(parts))
         return None
+    if relabel_from:
+        relabel.check_source(config, relabel_from)  # before the work directory is this config's
     prepare(config, directory)
     print(describe.run(parts), flush=True)
     with timed(directory, 'reference'):
         parts = experiment.load(parts)
+    # Now rather than after an iteration that was added.
+    policy_settings.check_finished(config, directory, len(parts.prompts('train')))
     ledger = prompts_lib.ledger_path(config.task)
     if ledger:
         replace_text(directory / ledger.name, ledger.read_text())
@@ -123,25 +130,36 @@ def borrowed(parts: Experiment) -> list[tuple[int, Params, Params, tuple[str, ..
         raise ValueError(f'value.run is {str(source)!r}, which holds no finished value network: name the work '
                          'directory of a run that has fitted one.')
 
-    def network(of: Experiment, iteration: int) -> Params:
-        directory = of.value_dir(iteration)
-        # Before its shapes, which may differ for the same reason.
-        if checkpoint.load_meta(directory)['tokenizer'] != parts.tokenizer.fingerprint:
-            raise ValueError(f'value.run is {str(source)!r}, whose value network reads another tokenizer than the '
-                             'reference here has: a value network guides policies of its own tokenizer only.')
-        values, meta = checkpoint.restore_params(directory, of.value_target)
-        checkpoint.check_value_meta(meta, of.value_meta(), allow_other=True)
-        return values
-
     first_reference.outline(parts)  # refused now rather than when its answers are there
     last = max(finished)
     others = tuple(method for method in config.eval.methods if method != 'qsharp')
-    values = network(parts, last)
+    values = _network(parts, last)
     of_others = last if config.eval.each_iteration else 1
-    cd_values = network(parts.for_cd, of_others) if needs_cd_network(config, of_others) else None
+    cd_values = _network(parts.for_cd, of_others) if needs_cd_network(config, of_others) else None
     if last == of_others or not others:
         return [(last, values, cd_values, METHODS)]
-    return [(1, network(parts, 1), cd_values, others), (last, values, None, ('qsharp',))]
+    return [(1, _network(parts, 1), cd_values, others), (last, values, None, ('qsharp',))]
+
+
+def _network(parts: Experiment, iteration: int) -> Params:
+    """Returns a finished network of the run `value.run`.
+
+    Raises:
+      ValueError: there is none of this iteration, or it is of another tokenizer or shape.
+    """
+    source, directory = parts.config.value.run, parts.value_dir(iteration)
+    if not (directory / checkpoint.VALUE_FILE).exists():
+        what = 'no network of CD\'s own' if parts.role == 'cd' else 'no value network'
+        raise ValueError(f'value.run is {source!r}, which has {what} of iteration {iteration}: evaluate there what is '
+                         'asked here (eval.methods, eval.each_iteration), or leave it out here; with '
+                         "eval.cd_network 'shared' CD is guided by the network of Q#.")
+    # Before its shapes, which may differ for the same reason.
+    if checkpoint.load_meta(directory)['tokenizer'] != parts.tokenizer.fingerprint:
+        raise ValueError(f'value.run is {source!r}, whose value network reads another tokenizer than the reference '
+                         'here has: a value network guides policies of its own tokenizer only.')
+    values, meta = checkpoint.restore_params(directory, parts.value_target)
+    checkpoint.check_value_meta(meta, parts.value_meta(), allow_other=True)
+    return values
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -176,6 +194,14 @@ def timed(workdir: Path, phase: str) -> Iterator[None]:
         replace_text(path, json.dumps(timings, indent=1) + '\n')
 
 
+def config_of(workdir: Path) -> ml_collections.ConfigDict:
+    """Returns the config of a run; ValueError if there is none."""
+    path = workdir / 'config.json'
+    if not path.exists():
+        raise ValueError(f'--workdir {workdir} holds no run: it has no config.json.')
+    return config_lib.from_json(path.read_text())
+
+
 def open_run(workdir: Path, iteration: int = 0) -> tuple[Experiment, int, Params]:
     """Returns a run's parts, and a finished value network of it with the iteration that it is of.
 
@@ -186,10 +212,7 @@ def open_run(workdir: Path, iteration: int = 0) -> tuple[Experiment, int, Params
     Raises:
       ValueError: there is no run, or no such network.
     """
-    path = workdir / 'config.json'
-    if not path.exists():
-        raise ValueError(f'--workdir {workdir} holds no run: it has no config.json.')
-    config = config_lib.from_json(path.read_text())
+    config = config_of(workdir)
     parts = experiment.outline(config, workdir)
     # Before the reference: it would be pre-trained here if the run has not come so far.
     finished = [k for k in range(1, config.iterations + 1)
@@ -208,6 +231,8 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
                         examples: int, samples: int) -> None:
     """Evaluates a finished value network, adds the rows to results.jsonl, and prints the results.
 
+    No row that is there is replaced, and the etas that the run has chosen stay.
+
     Args:
       workdir: of the run.
       etas: KL coefficients.
@@ -216,15 +241,23 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
       methods: any of `categorical.METHODS`; others than 'qsharp' only of iteration 1.
       examples: prompts of the split; 0 for as many as the run evaluates of it.
       samples: answers a prompt; 0 for as many as the run draws.
+
+    Raises:
+      ValueError: there is no such network, method or eta, they do not fit the run's guidance, or results.jsonl has
+        one of these policies already, of another number of answers.
     """
-    if not etas or not all(eta > 0 for eta in etas):
-        raise ValueError(f'--etas is {list(etas)}; every eta must be above 0 (inf is the reference itself).')
+    if not etas or not all(0 < eta < math.inf for eta in etas):
+        raise ValueError(f'--etas is {list(etas)}; every eta must be above 0 and finite (without guidance there is the '
+                         'reference).')
     if not methods or set(methods) - set(METHODS):
         raise ValueError(f'--methods is {",".join(methods)!r}; it must be any of {", ".join(METHODS)}.')
     for name, number in (('examples', examples), ('samples', samples)):
         if number < 0:
             raise ValueError(f'--{name} is {number}; it must be 0 (as the run does) or more.')
     workdir = Path(workdir)
+    asked = config_of(workdir)
+    asked.eval.methods = tuple(methods)
+    config_rules.check_values(config_lib.flatten(asked))
     parts, chosen, values = open_run(workdir, iteration)
     usual = plan_of(parts.config)
     if chosen != 1 and set(methods) - {'qsharp'} and not usual.each_iteration:
@@ -235,12 +268,31 @@ def evaluate_checkpoint(workdir: Path, etas: Sequence[float], split: str, iterat
         usual, splits=(split,), select_split='', sweep_splits=(split,), etas=tuple(sorted(set(etas))),
         methods=tuple(methods), examples={split: examples or usual.examples.get(split, 0)},
         samples=samples or usual.samples, temperatures=usual.temperatures[:1])
-    evaluation = Evaluation(parts, plan)
-    # The run's own rows of the reference stand, which may be of more answers than these.
-    there = any(row['method'] == 'reference' and row['split'] == split for row in read_rows(workdir / 'results.jsonl'))
-    evaluation.run(0, None, record=not there)
+    _check_new(parts, plan, chosen)
+    evaluation = Evaluation(parts, plan, of_run=False)
+    evaluation.run(0, None)
     cd_values: Params = None
-    if needs_cd_network(parts.config, chosen) and not {'cd', 'vas'}.isdisjoint(methods):
-        cd_values = fit.fit_iteration(parts.for_cd, chosen, None)
+    if needs_cd_network(parts.config, chosen, methods):
+        if parts.config.value.run:
+            cd_values = _network(parts.for_cd, chosen)
+        else:
+            for k in range(1, chosen + 1):  # each may start from the one before
+                cd_values = fit.fit_iteration(parts.for_cd, k, cd_values)
     evaluation.run(chosen, values, cd_values)
     report.print_results(workdir)
+
+
+def _check_new(parts: Experiment, plan: Plan, iteration: int) -> None:
+    """Raises ValueError if results.jsonl has a policy of the plan, of another number of questions or answers."""
+    [split] = plan.splits
+    size = plan.examples[split] or len(parts.prompts(split)), plan.samples
+    for row in read_rows(parts.workdir / 'results.jsonl'):
+        for policy in itertools.chain.from_iterable(policies(plan, iteration)):
+            there = row['n_examples'], row['n_samples']
+            if there != size and (row['method'], row['iteration'], row['eta'], row['temperature'], row['split']) == (
+                    policy.method, iteration, policy.eta, policy.temperature, split):
+                raise ValueError(
+                    f'results.jsonl has {policy.method} of iteration {iteration} at eta {policy.eta:g} on the {split} '
+                    f'split already, of {there[0]} questions with {there[1]} answers each, and this would be '
+                    f'{size[0]} with {size[1]}. Give other --etas, or --examples {there[0]} --samples {there[1]}; for '
+                    'more of all policies, go on with the run and other eval.examples or eval.samples.')

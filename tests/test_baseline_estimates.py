@@ -25,12 +25,16 @@ VALIDATION, TEST = 16, 20
     ('reinforce', False, (0, 2 * (48 + 16), 2 * VALIDATION + TEST, 2 * (48 * 4 + 16) + 2 * (2 * VALIDATION + TEST), 2)),
     # Three rounds of 16, each passed over three times with the reference, and once by the policy that drew.
     ('grpo', False, (0, 48 + 12, VALIDATION + TEST, 48 * (1 + 3 * 4 + 1) + 12 + 2 * (VALIDATION + TEST), 1)),
+    # With one batch and one pass as well: six rounds of 8.
+    ('grpo of one step', False, (0, 48 + 16, VALIDATION + TEST, 48 * (1 + 4 + 1) + 16 + 2 * (VALIDATION + TEST), 1)),
     # 2.5 passes over 24 pairs are 8 batches of 8, two texts each.
     ('dpo', False, (24, 24 + 3 * 20, 3 * VALIDATION + TEST,
                     24 + 3 * (2 * 64 * 4 + 20) + 2 * (3 * VALIDATION + TEST), 3)),
 ])
 def test_counted_by_hand(data: Path, methods: str, on_pairs: bool, expected: tuple[int, ...]) -> None:
-    config = tiny.config(data, **SETTINGS, baselines__methods=methods, baselines__value_on_pairs=on_pairs)
+    name, single, _ = methods.partition(' of one step')
+    changes = {'baselines__grpo__batches': 1, 'baselines__grpo__passes': 1} if single else {}
+    config = tiny.config(data, **{**SETTINGS, **changes}, baselines__methods=name, baselines__value_on_pairs=on_pairs)
     assert baseline_estimates.count(config, 24, {'validation': VALIDATION, 'test': TEST}) == expected
 
 

@@ -1,6 +1,7 @@
 """Policies and pairs beside Q#: what they learn from, that they learn, stop and go on, and what is left behind."""
 from __future__ import annotations
 
+import collections
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from qsharp_jax import baseline_runs, checkpoint, decoding, estimates, experiment, export, pairs, policy_fit, train
 from qsharp_jax.baselines import policies
+from qsharp_jax.data.dataset import Manifest
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.models import networks, pretrained, transformer
@@ -184,6 +186,67 @@ def test_pairs_of_other_settings_are_refused(compared: Experiment, data: Path) -
         pairs.read(again)
 
 
+def test_given_answers_end_as_the_reference_ends_its_own(data: Path, tmp_path: Path) -> None:
+    """Any other of the tokens that end an answer would tell right from wrong by itself."""
+    parts = loaded(data, tmp_path, baselines__right='answer', reward='star_graph', baselines__pair_tries=3,
+                   task__stop='5,6', task__star_graph__num_nodes=8)
+    assert len(parts.eos_ids) == 3
+    pairs.draw(parts)
+    ends = set()
+    for shard in Manifest(pairs.beside(parts).dataset_dir).upto(1):
+        right, wrong = ([one for one in Manifest(pairs.beside(parts).dataset_dir).read(shard) if one.sample == kind]
+                        for kind in (0, 1))
+        counts = collections.Counter(int(one.answer[-1]) for one in wrong if one.ended)
+        end, = {int(one.answer[-1]) for one in right}
+        assert counts[end] == max(counts.values()) and all(one.ended and not one.truncated for one in right)
+        ends.add(end)
+    assert ends != {min(parts.tokenizer.eos_ids)}
+
+
+def test_blocks_without_a_pair_are_passed_over_once(
+        data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {'baselines__pair_tries': 2}
+    whole = pairs.read(loaded(data, tmp_path / 'whole', **keys))
+    parts = loaded(data, tmp_path / 'single', **keys, collect__block_examples=1)
+    found, graded = pairs.read(parts)
+    assert 1 < len(found) < 24 and graded == 48 == whole[1]
+    assert [[leaf.tolist() for leaf in pair] for pair in found] == [
+        [leaf.tolist() for leaf in pair] for pair in whole[0]]
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, '_search', lambda *args: pytest.fail('it drew'))
+        assert len(pairs.read(parts)[0]) == len(found)
+    again = loaded(data, tmp_path / 'single', **{**keys, 'baselines__pair_tries': 3}, collect__block_examples=1)
+    with pytest.raises(ValueError, match='pair_tries was 2, now 3'):
+        pairs.read(again)
+    # Where no block has one, more tries are a fresh start.
+    with pytest.raises(ValueError, match='none of 24 questions both rightly and wrongly in 1 tries'):
+        pairs.read(loaded(data, tmp_path / 'none', baselines__pair_tries=1))
+    assert pairs.read(loaded(data, tmp_path / 'none', **keys))[1] == 48
+
+
+def test_an_edited_reward_takes_its_pairs_with_it_and_warns_of_policies(
+        data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / 'mine.py'
+
+    def edited(digits: str) -> Experiment:
+        path.write_text('def low(completions):\n'
+                        f'    return [float(text[:1] in {tuple(digits)}) for text in completions]\n')
+        return loaded(data, tmp_path / 'run', reward=f'{path}:low')
+
+    found, _ = pairs.read(edited('0123'))
+    policy_fit.train(edited('0123'), 'rpo', 0.03)
+    assert 'pairs in' not in caplog.text and 'another reward' not in caplog.text
+    parts = edited('01')
+    fewer, _ = pairs.read(parts)
+    assert 0 < len(fewer) < len(found)
+    assert all(parts.answer_text(pair.right)[:1] in ('0', '1') for pair in fewer)
+    assert f'{len(found) - len(fewer)} of {len(found)} pairs in' in caplog.text
+    policy_fit.train(parts, 'rpo', 0.03)
+    assert 'was trained on another reward' in caplog.text
+    with pytest.raises(ValueError, match='no right and wrong answer to the reward as it is now: delete'):
+        pairs.read(edited('4567'))
+
+
 def test_networks_on_pairs_are_compared_with_the_reference(compared: Experiment) -> None:
     evaluation = Evaluation(compared, plan_of(compared.config))
     evaluation.run(0, None)
@@ -257,6 +320,15 @@ def test_other_settings_are_refused_and_finished_policies_read_back(compared: Ex
     assert written == {path: path.stat().st_mtime_ns for path in compared.workdir.glob('checkpoints/*/*')}
     with pytest.raises(ValueError, match='policy_dpo_0.03 was trained with other settings .* beta was 0.1, now 0.3'):
         policy_fit.train(again, 'dpo', 0.03)
+
+
+def test_policies_that_more_iterations_would_change_are_named_before_these_are_made(
+        compared: Experiment, data: Path) -> None:
+    written = {path: path.stat().st_mtime_ns for path in compared.workdir.rglob('*')}
+    config = tiny.config(data, **{**SETTINGS, 'iterations': 3, 'baselines__answers': 0, 'baselines__methods': 'grpo'})
+    with pytest.raises(ValueError, match='policy_grpo_0.03 was .* answers was 96, now 144.* unless config.baselines'):
+        train.run(config, compared.workdir)
+    assert not [path for path in compared.workdir.rglob('*') if path not in written and path.suffix != '.json']
 
 
 @pytest.mark.parametrize('batches', [1, 2])

@@ -227,6 +227,16 @@ def test_make_refuses_what_has_no_meaning(change, words):
         ELEVEN.log_weight(jnp.zeros((1, 11)), jnp.ones(1), 'q_sharp')
 
 
+def test_rewards_that_miss_an_end_by_a_rounding_are_at_it():
+    low, high = -1.0, 2.0
+    distribution = categorical.make('categorical', low, high, 7)
+    exact = [low, high, 0.0, 1.9, low + 1e-5, high - 1e-5]
+    np.testing.assert_array_equal(distribution.at_ends(np.array([*exact, np.nan])), [*exact, np.nan])
+    missed = np.nextafter(np.nextafter([low, low, high, high], [-9, 9, -9, 9]), [-9, 9, -9, 9])
+    assert not set(missed) & {low, high}
+    np.testing.assert_array_equal(distribution.at_ends(missed), [low, low, high, high])
+
+
 def test_check_rewards():
     ELEVEN.check_rewards(np.array([0.0, 0.33, 1.0, np.nan]))
     bernoulli = categorical.make('bernoulli', 0.0, 1.0)

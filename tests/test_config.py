@@ -59,7 +59,7 @@ def test_every_default_is_explained() -> None:
 
 @pytest.mark.parametrize('key, text, value', [
     ('eta', '0.2', 0.2),
-    ('eta', 'inf', math.inf),
+    ('collect.eta', 'inf', math.inf),
     ('collect.samples', '4', 4),
     ('value.remat', 'true', True),
     ('value.remat', '0', False),
@@ -121,7 +121,14 @@ def test_wrong_types_are_refused_in_words(key: str, text: str) -> None:
     ({'value.layers': '4'}, "'pretrained' copy every layer"),
     ({'value.init': 'truncate'}, 'need a number of layers'),
     ({'value.head_init': 'lm_head'}, "only config.value.type 'q' has"),
-    ({'value.type': 'q', 'guidance.outside': 'soft_bellman'}, 'has none'),
+    ({'value.type': 'q', 'guidance.outside': 'soft_bellman', 'eval.methods': 'qsharp'}, 'has none'),
+    ({'guidance.outside': 'soft_bellman'}, "config.eval.methods has 'cd'"),
+    ({'guidance.outside': 'zero', 'eval.methods': 'cd,fudge'}, "tokens that nobody scored would be favoured"),
+    ({'guidance.outside': 'zero', 'guidance.offset': 'fudge'}, "config.guidance.offset has 'fudge'"),
+    ({'eta': 'inf'}, 'config.eta is inf'),
+    ({'eval.etas': '0.1,inf'}, 'config.eval.etas has inf'),
+    ({'value.run': 'runs/a', 'baselines.methods': 'dpo'}, 'nothing is trained'),
+    ({'value.run': 'runs/a', 'baselines.value_on_pairs': 'True'}, 'nothing is trained'),
     ({'sampling.top_p': '0'}, 'config.sampling.top_p is 0'),
     ({'sampling.top_p': '1.1'}, 'config.sampling.top_p is 1.1'),
     ({'sampling.temperature': '-1'}, 'config.sampling.temperature is -1; it must be 0 or more'),
@@ -230,7 +237,7 @@ def test_files_and_sizes_that_do_not_exist(spec: str, words: str) -> None:
 
 
 def test_json_keeps_infinities_and_fills_in_new_keys() -> None:
-    loaded = config.load('configs/default.py', [('collect.eta', 'inf'), ('eval.etas', '1,inf')])
+    loaded = config.load('configs/default.py', [('collect.eta', 'inf')])
     text = config.to_json(loaded)
     assert 'Infinity' not in text
     assert config.from_json(text) == loaded

@@ -19,7 +19,7 @@ def row(example, sample, text, reward, *, kl=0.0, tokens=1, truncated=False, sec
     return {'id': example, 'sample': sample, 'text': text, 'vote': text.strip(), 'reward': reward, 'kl': kl,
             'tokens': [0] * tokens,
             'truncated': truncated, 'seconds': seconds, 'reference_tokens': tokens + 1.5, 'value_tokens': 4.0 * tokens,
-            'flops': flops, 'bytes': 2e9, 'occupancy': 0.75 if sample % 2 else 0.95}
+            'temperature': 1.0, 'flops': flops, 'bytes': 2e9, 'occupancy': 0.75 if sample % 2 else 0.95}
 
 
 # Two examples, four samples each, in no order. Example 3: a tie between a right and a wrong answer, and one
@@ -67,6 +67,10 @@ def test_costs_are_shared_by_the_right_answers():
     assert found['value_tokens_per_right_answer'] == pytest.approx(80 / 3)
     assert found['flops_per_answer'] == 1e9 and found['bytes_per_right_answer'] == pytest.approx(16e9 / 3)
     assert found['seconds_per_answer'] == 0.5 and found['seconds_per_right_answer'] == pytest.approx(4 / 3)
+    # A greedy answer is drawn once, and is all samples: the time it took is that of one, and so is what it costs.
+    rows = [{**row(0, sample, 'a', 1.0), 'temperature': 0.0} for sample in range(4)]
+    greedy = evaluate.summarise(rows, 4, 0.0, 1.0, 0)
+    assert (greedy['seconds'], greedy['seconds_per_answer'], greedy['flops_per_answer']) == (0.5, 0.5, 1e9)
     none = evaluate.summarise([row(0, 0, 'a', 0.0), row(1, 0, 'b', None)], 1, 0.0, 1.0, 0)
     assert none['flops_per_answer'] == 1e9 and math.isnan(none['flops_per_right_answer'])
 

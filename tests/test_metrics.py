@@ -75,6 +75,24 @@ def test_results_replace_their_own_key_alone(tmp_path: Path) -> None:
     assert {(row['method'], row['eta']) for row in rows if row['kl']} == {('qsharp', 0.2), ('reference', None)}
 
 
+def test_of_a_method_those_are_selected_that_were_last_added_so(tmp_path: Path) -> None:
+    file = metrics.ResultsFile(tmp_path / 'results.jsonl')
+
+    def selected() -> set[tuple[Any, ...]]:
+        return {(row['method'], row['eta'], row['split']) for row in file.rows() if row['selected']}
+
+    file.add([result(eta=eta, split=split, selected=eta == 0.2) for eta in (0.1, 0.2) for split in ('test', 'train')]
+             + [result(method='cd', selected=True), result(iteration=2, eta=0.3, selected=True)])
+    others = {('cd', 0.1, 'test'), ('qsharp', 0.3, 'test'), ('qsharp', 0.2, 'train')}
+    assert selected() == others | {('qsharp', 0.2, 'test')}
+    file.add([result(eta=0.5, selected=True)])
+    assert selected() == others | {('qsharp', 0.5, 'test')}
+    # Rows beside a run take the place of none, and choose nothing.
+    file.add([result(eta=0.5, kl=7.0, selected=False), result(eta=0.7, selected=False)], replace=False)
+    assert selected() == others | {('qsharp', 0.5, 'test')} and len(file.rows()) == 8
+    assert not any(row['kl'] for row in file.rows())
+
+
 def test_results_do_not_depend_on_the_order_of_evaluation(tmp_path: Path) -> None:
     rows = [result(eta=eta, iteration=i) for eta in (0.1, 0.2) for i in (1, 2)] + [result(method='reference', eta=None)]
     texts = []

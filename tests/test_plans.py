@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qsharp_jax import checkpoint, cli, config, estimates, plans, relabel, reproduce
+from qsharp_jax import checkpoint, cli, commands, config, estimates, plans, relabel, reproduce, results
 from qsharp_jax.baselines import pretraining
 from qsharp_jax.models import pretrained
 from qsharp_jax.report import publish
@@ -69,7 +69,7 @@ def test_a_run_is_done_when_each_of_its_methods_has_its_rows(tmp_path: Path) -> 
               for eta in (0.1, 0.3) if not (method == 'fudge' and eta == 0.3)]
     # On the reported split, of several eta the chosen one only.
     rows = [{'method': method, 'iteration': iteration, 'eta': eta, 'temperature': temperature, 'split': split,
-             'selected': eta in (None, 0.1), 'scored_by': 1}
+             'selected': eta in (None, 0.1), 'scored_by': 1, 'seconds_per_answer': None}
             for method, iteration, eta, temperature in unguided + guided for split in ('validation', 'test')
             if split == 'validation' or eta != 0.3]
     one.workdir.mkdir(parents=True)
@@ -84,10 +84,47 @@ def test_a_run_is_done_when_each_of_its_methods_has_its_rows(tmp_path: Path) -> 
         assert missing(row) == [f'{row["method"]} {row["iteration"]}'] and one.status == 'to do'
     # A finished run may be given more learning rates.
     dpo = next(row for row in rows if row['method'] == 'dpo')
-    dpo['sweep'] = {'1e-05': 0.5, '0.001': 0.4}
+    dpo |= {'sweep': {'1e-05': 0.5, '0.001': 0.4}, 'learning_rate': 1e-5}
     assert missing(None) == ['dpo at 0.0001']
     dpo['sweep']['0.0001'] = 0.3
     assert missing(None) == []
+    dpo |= {'sweep': {}, 'learning_rate': 0.5}  # one rate has no sweep
+    assert missing(None) == ['dpo at 1e-05, 0.0001, 0.001']
+    # Numbers of another configuration are not this one's.
+    dpo |= {'sweep': {'1e-05': 0.5, '0.0001': 0.3, '0.001': 0.4}, 'learning_rate': 1e-5}
+    (one.workdir / 'config.json').write_text(config.to_json(one.config))
+    assert missing(None) == []
+    other, = reproduce.planned('star_graph', 'tiny', tmp_path, [
+        ('eval.every_eta', 'False'), ('eval.etas', '0.1,0.3'), ('seed', '1')])
+    assert other.missing and other.status == 'there is another run in its place'
+    with pytest.raises(ValueError, match='star_graph: .* seed was 0, now 1.* elsewhere, with --root'):
+        reproduce.run('star_graph', 'tiny', tmp_path, [('seed', '1')], execute=True)
+
+
+def test_what_a_run_would_be_refused_for_is_said_before_others_take_their_time(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce.train, 'run', lambda *args, **keys: pytest.fail('it ran'))
+    monkeypatch.setattr(reproduce, '_check', lambda one, check=reproduce._check: (
+        check(one) if one.job.other_policy else None))
+    with pytest.raises(ValueError, match='no file or folder .*nowhere'):
+        reproduce.run('7', 'tiny', tmp_path, policy='nowhere/model', execute=True)
+
+
+def test_methods_that_borrow_a_network_are_of_the_iterations_that_guide(tmp_path: Path) -> None:
+    def asked(**keys: str) -> set[tuple[str, int]]:
+        overrides = [('iterations', '2'), ('value.run', 'runs/a'), ('eval.methods', 'cd,qsharp'), *keys.items()]
+        loaded = config.load(commands.from_here('configs/gsm8k.py:tiny'), overrides)
+        one = reproduce.Planned(plans.Job('a', ''), tmp_path, loaded, overrides, None)
+        return {(name, policy.iteration) for name, policy in one._evaluated(results.plan_of(loaded))}
+
+    assert asked() == {('reference', 0), ('cd', 1), ('qsharp', 2)}
+    assert asked(**{'eval.each_iteration': 'True'}) == {('reference', 0), ('cd', 2), ('qsharp', 2)}
+
+
+def test_the_paper_s_q_type_starts_from_the_lm_head_and_is_not_clipped(tmp_path: Path) -> None:
+    for size, expected in (('paper', ('lm_head', 0.0)), ('small', ('zero', 5.0))):
+        found = [one.config for one in reproduce.planned('4', size, tmp_path) if one.config.value.type == 'q']
+        assert found and all((one.value.head_init, one.fit.clip_norm) == expected for one in found)
 
 
 @pytest.mark.parametrize('arguments, words', [

@@ -63,6 +63,11 @@ def test_another_reward_grades_the_rollouts_of_every_iteration_and_draws_none(
     # The same command goes on.
     train.run(config, workdir, relabel_from=first)
     train.run(config, workdir)
+    # What guided the roll-ins is not forgotten on the way to a third run.
+    capsys.readouterr()
+    train.run(tiny.config(data, reward=tiny.REWARD), tmp_path / 'third', relabel_from=workdir)
+    assert f'guided by {tiny.REWARD}: they cover' in capsys.readouterr().out
+    assert {shard.meta['roll_in_reward'] for shard in Manifest(tmp_path / 'third' / 'dataset').upto(2)} == {tiny.REWARD}
 
 
 def test_later_iterations_are_drawn_and_one_alone_says_nothing_of_coverage(
@@ -87,6 +92,7 @@ def test_rollouts_that_this_run_would_not_draw_are_refused(
                   relabel_from=first)
     with pytest.raises(ValueError, match='holds no run: it has no config.json'):
         train.run(tiny.config(data, reward=reward), tmp_path / 'b', relabel_from=tmp_path)
+    assert not (tmp_path / 'a').exists() and not (tmp_path / 'b').exists()  # their place is free for the mended command
     parts = experiment.load(experiment.outline(tiny.config(data, reward=reward), tmp_path / 'c'))
     prompts = parts.prompts('train')
     prompts.tokens[3] = prompts.tokens[3][::-1]

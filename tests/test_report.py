@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from qsharp_jax import config, metrics, report
+from qsharp_jax.baseline_runs import PAIRS
+from qsharp_jax.baselines import policies
+from qsharp_jax.categorical import METHODS
 from qsharp_jax.report import html, plots, records, tables
 
 DEFAULT = str(Path(__file__).resolve().parents[1] / 'configs' / 'default.py')
@@ -22,7 +25,8 @@ def result(method: str, iteration: int, eta: float | None, pass1: float, kl: flo
     row: Row = {
         'method': method, 'iteration': iteration, 'eta': eta, 'temperature': 1.0, 'split': 'test', 'pass@1': pass1,
         'pass@1_se': 0.02, 'pass@k': 0.9, 'k': 4, 'maj@k': 0.7, 'kl': kl, 'kl_se': 0.1, 'kl_per_token': kl / 4,
-        'truncated': 0.0, 'n_examples': 50, 'n_samples': 4, 'seconds': 1.0, 'commit': 'abc', 'devices': 1}
+        'truncated': 0.0, 'n_examples': 50, 'n_samples': 4, 'seconds': 1.0, 'commit': 'abc', 'devices': 1,
+        'selected': True}
     return {**row, **changes}
 
 
@@ -33,7 +37,8 @@ def results() -> list[Row]:
             result('reference', 0, math.inf, 0.3, 0.0, split=split),
             result('reference', 0, math.inf, 0.4, 2.0, split=split, temperature=0.0, truncated=0.5),
             result('cd', 1, 0.1, 0.35, 4.0, split=split),
-            *(result('qsharp', 2, eta, top if eta == best else 0.6, 0.3 / eta, split=split) for eta in (0.1, 0.2)),
+            *(result('qsharp', 2, eta, top if eta == best else 0.6, 0.3 / eta, split=split, selected=eta == 0.2)
+              for eta in (0.1, 0.2)),
             result('qsharp', 1, 0.1, 0.5, 3.0, split=split)]
     return rows
 
@@ -266,6 +271,30 @@ def test_numbers_that_do_not_exist_leave_their_cell_empty() -> None:
 def test_of_equal_etas_the_weakest_guidance_is_chosen() -> None:
     rows = [result('qsharp', 1, eta, 0.5, 1.0, split='validation') for eta in (0.2, 0.4, 0.1)]
     assert tables.chosen_etas(rows, 'validation') == {('qsharp', 1): 0.4}
+    # What was evaluated beside the run was no choice of it.
+    beside = result('qsharp', 1, 0.7, 0.9, 1.0, split='validation', selected=False)
+    assert tables.chosen_etas([*rows, beside], 'validation') == {('qsharp', 1): 0.4}
+
+
+def test_rows_of_other_sizes_say_so_and_have_no_numbers_of_another_k() -> None:
+    same = [result('reference', 0, None, 0.3, 0.0), result('qsharp', 1, 0.1, 0.5, 3.0)]
+    titles, cells = tables.table(same, 'test')
+    assert 'questions, answers each' not in titles and '50 questions, 4 answers each' in tables.caption(same, 'test')
+    other = result('qsharp', 1, 0.3, 0.4, 1.0, k=1, n_examples=5, n_samples=1)
+    titles, cells = tables.table([*same, other], 'test')
+    by_title = [dict(zip(titles, line)) for line in cells]
+    found = {line['η']: (line['pass@4 %'], line['maj@4 %'], line['questions, answers each']) for line in by_title}
+    assert found == {'': ('90.0', '70.0', '50, 4'), '0.1': ('90.0', '70.0', '50, 4'), '0.3': ('', '', '5, 1')}
+    assert 'not all of one size' in tables.caption([*same, other], 'test')
+
+
+def test_every_method_has_a_name_a_look_and_a_place() -> None:
+    names = [*policies.METHODS, 'reference', *(method + ending for method in METHODS for ending in ('', PAIRS))]
+    rows = [result(name, 1, 0.1, 0.5, 1.0) for name in names]
+    assert len(tables.table(rows, 'test')[1]) == len(names)
+    assert len({plots.look(name) for name in names}) == len(names)
+    assert {row['method'] for row in rows if tables.has_eta(row)} == {
+        method + ending for method in ('qsharp', 'cd', 'vas') for ending in ('', PAIRS)}
 
 
 def test_frontier_says_plainly_where_guidance_does_not_lead() -> None:

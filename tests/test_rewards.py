@@ -55,7 +55,8 @@ def grade(name, text, **column):
     ('numeric_match', ',111' * 200_000, '111', 0), ('numeric_match', '1' * 1_000_000, '1', 0),
     ('star_graph', '3,1,2', '3,1,2', 1), ('star_graph', ' 3,1,2\n', '3,1,2', 1), ('star_graph', '3,1', '3,1,2', 0),
     ('star_graph', '3,1,2,', '3,1,2', 0), ('star_graph', '3,2,1', '3,1,2', 0), ('star_graph', '', '3,1,2', 0),
-    ('star_graph', '3,³,2', '3,1,2', 0)])
+    ('star_graph', '3,³,2', '3,1,2', 0), ('star_graph', '03,1,2', '3,1,2', 0), ('star_graph', '٣,1,2', '3,1,2', 0),
+    ('star_graph', '0,10,2', '0,10,2', 1)])
 def test_builtin_rewards(name, text, answer, earned):
     assert grade(name, text, answer=answer) == earned
 

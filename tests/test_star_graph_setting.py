@@ -77,6 +77,7 @@ def test_splits_are_read_from_published_files(tmp_path: Path, caplog: pytest.Log
     ('1,2|2,3|1,4|4,5/1,3=1,2,5', 'line 2 is no star graph with its path: .1,2,5. is no path from 1 to 3'),
     ('1,2|2,3|1,4|4,5/1,3=1,4,3', 'is no path'), ('1,2|2,3/1,3=', 'line 2 is no star graph'),
     ('1,2|2,3', 'line 2 is no star graph'), ('', 'line 2 is no star graph'),
+    ('-1,2|2,3|-1,4|4,5/-1,3=-1,2,3', 'it has the node -1, and names are 0 or more'),
     ('1,2|2,3|1,4|4,5|1,6|6,7/1,3=1,2,3', r'it is of G\(3, 3\), and task.star_graph.degree and .* say G\(2, 3\)'),
     ('1,2|2,3|3,8|1,4|4,5|5,9/1,8=1,2,3,8', r'it is of G\(2, 4\), and'),
     ('1,2|2,3|1,4|4,20/1,3=1,2,3', 'it has the node 20, and task.star_graph.num_nodes is 20: set 21 or more'),

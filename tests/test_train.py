@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import importlib.util
 import json
+import math
 from pathlib import Path
 import shutil
 from typing import Any
@@ -17,7 +18,7 @@ from qsharp_jax import checkpoint, cli, collect, evaluate, learner, rewards, tra
 from qsharp_jax.data import prompts as prompts_lib
 from qsharp_jax.data import star_graph, tokenizers
 from qsharp_jax.data.dataset import AggregatedDataset, DatasetWriter, Manifest
-from qsharp_jax.metrics import read_rows
+from qsharp_jax.metrics import read_rows, RESULT_KEY
 from tests import tiny
 
 
@@ -370,19 +371,26 @@ def test_a_finished_network_is_evaluated_at_other_etas(straight: Path, tmp_path:
     new = [row for row in read_rows(workdir / 'results.jsonl') if row['eta'] == 0.3]
     assert [(row['method'], row['iteration'], row['split'], row['n_examples'], row['n_samples']) for row in new] == [
         ('cd', 1, 'validation', 3, 1)]
-    # The reference's answers that it is compared with take the place of no row.
+    # No row changes, nor the eta that the run has chosen.
     first, second = ([row for row in read_rows(run / 'results.jsonl') if row['eta'] != 0.3]
                      for run in (straight, workdir))
-    assert first == second and new[0]['difference_to_reference'] is not None
+    assert first == second and new[0]['difference_to_reference'] is not None and not new[0]['selected']
+    train.evaluate_checkpoint(workdir, [0.1, 0.5], 'test', 1, ['qsharp'], examples=0, samples=0)
+    assert read_rows(workdir / 'results.jsonl') == sorted(second + new, key=lambda row: tuple(
+        (value is not None, value or 0) for value in map(row.get, RESULT_KEY)))
     for arguments, words in (
             (([], 'test', 1, ['qsharp']), '--etas'), (([0.0], 'test', 1, ['qsharp']), 'above 0'),
             (([0.1], 'test', 3, ['qsharp']), 'no value network of iteration 3 .* has finished 1, 2'),
+            (([0.1, math.inf], 'test', 1, ['qsharp']), 'above 0 and finite'),
             (([0.1], 'test', 2, ['cd']), 'iteration 1 only'),
             (([0.1], 'test', 1, ['best']), 'any of qsharp, cd, fudge')):
         with pytest.raises(ValueError, match=words):
             train.evaluate_checkpoint(workdir, *arguments, examples=0, samples=0)
     with pytest.raises(ValueError, match='--samples is -1'):
         train.evaluate_checkpoint(workdir, [0.1], 'test', 1, ['qsharp'], examples=0, samples=-1)
+    with pytest.raises(ValueError, match='has cd of iteration 1 at eta 0.5 .* of 8 questions with 2 answers each, and '
+                                         'this would be 3 with 2.* --examples 8 --samples 2'):
+        train.evaluate_checkpoint(workdir, [0.5], 'test', 1, ['cd'], examples=3, samples=0)
 
 
 @pytest.mark.whole

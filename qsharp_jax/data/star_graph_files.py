@@ -77,6 +77,8 @@ def _check(text: Text, shape: Shape) -> None:
     if (len(arms), *lengths) != shape[:2]:
         raise ValueError(f'it is of G({len(arms)}, {lengths.pop()}), and task.star_graph.degree and path_length say '
                          f'G({shape.degree}, {shape.path_length})')
+    if min(names) < 0:
+        raise ValueError(f'it has the node {min(names)}, and names are 0 or more')
     if max(names) >= shape.num_nodes:
         raise ValueError(f'it has the node {max(names)}, and task.star_graph.num_nodes is {shape.num_nodes}: set '
                          f'{max(names) + 1} or more')

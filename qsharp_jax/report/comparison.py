@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,7 +96,7 @@ def cells(table: Table, runs: Sequence[Run], possible: Sequence[Possible] = ()) 
         for method, numbers in column.numbers.items():
             row = None if run is None else _row(run, table, column, method)
             for metric, number in numbers.items():
-                cell = _cell(column, method, metric, number, run, row)
+                cell = _cell(column, method, metric, number, run, row, table.split)
                 if cell.run is None:
                     cell = dataclasses.replace(cell, differs=_filled_by(method, metric, run, row, next_one, possible))
                 found.append(cell)
@@ -181,7 +180,8 @@ def _row(run: Run, table: Table, column: Column, method: str) -> Row | None:
     return max(rows, key=lambda row: row['iteration'], default=None)
 
 
-def _cell(column: Column, method: str, metric: str, number: float | None, run: Run | None, row: Row | None) -> Cell:
+def _cell(column: Column, method: str, metric: str, number: float | None, run: Run | None, row: Row | None,
+          split: str) -> Cell:
     setting = f'{paper.TASKS[column.task]}, {column.reference} with {column.value}'
     policy = column.names[method] if method in column.names else METHODS[method]
     if column.variant.name and not column.variant.other_policy:
@@ -194,10 +194,33 @@ def _cell(column: Column, method: str, metric: str, number: float | None, run: R
     scale = 1.0 if metric.startswith('kl') else 100.0
     error = row[f'{metric}_se']
     return Cell(setting, policy, name, number, scale * ours, None if error is None else scale * error,
-                '; '.join(_differences(run, row, column)), run)
+                '; '.join(_differences(run, row, column, split)), run)
 
 
-def _differences(run: Run, row: Row, column: Column) -> list[str]:
+def _settings(config: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
+    """The keys that are otherwise than usual, with their values."""
+    given = config_lib.flatten(config)
+    return [f'{key.split(".")[1]} {given[key]}' for key, value in usual.items() if given[key] != value]
+
+
+def _of_fit(config: Mapping[str, Any], row: Row, column: Column) -> list[str]:
+    """What is otherwise than in the paper about a value network and how it guides."""
+    words = _settings(config, paper.GUIDANCE)
+    fit, value = config['fit'], config['value']
+    if row['method'] == 'qsharp' and row['iteration'] != (column.variant.iterations or paper.ITERATIONS):
+        words.append(f'{row["iteration"]} iteration{"s" * (row["iteration"] > 1)}')
+    if value['head'] not in column.variant.heads[:1]:
+        words.append(f'head {value["head"]}')
+    words += _settings(config, {**paper.FITS, 'fit.clip_norm': paper.CLIP_NORM[value['type']]})
+    batch = fit['batch_size'] * fit['samples_per_row']
+    if batch != paper.BATCH:
+        words.append(f'batches of {batch} answers')
+    if row['iteration'] > 1 and config['collect']['eta'] != paper.ETA:
+        words.append(f'collected at η {config["collect"]["eta"]:g}')
+    return words
+
+
+def _differences(run: Run, row: Row, column: Column, split: str) -> list[str]:
     """What is otherwise than in the paper, in words."""
     config = run.config
     words = []
@@ -210,12 +233,12 @@ def _differences(run: Run, row: Row, column: Column) -> list[str]:
             words.append('value network from ' + (f'{layers} layers of the reference' if layers else 'the reference'))
         elif not _is(source, model):
             words.append(f'{section} {Path(source).name}')
-    for key, usual in paper.SETTINGS.items():
-        section, name = key.split('.')
-        if config[section][name] != usual:
-            words.append(f'{name} {config[section][name]}')
-    asked = paper.QUESTIONS[column.task] if column.task in paper.QUESTIONS else None
-    if row['split'] != 'validation' and row['n_examples'] != asked:
+    words += _settings(config, paper.SETTINGS)
+    if row['method'] != 'reference':
+        words += _of_fit(config, row, column)
+    if row['split'] != split:
+        words.append(f'{row["split"]} split')
+    if row['n_examples'] != paper.QUESTIONS[split].get(column.task):
         words.append(f'{row["n_examples"]} questions')
     if row['eta'] is not None and row['eta'] != paper.ETA:
         words.append(f'η {row["eta"]:g}')
@@ -297,6 +320,4 @@ def read(workdirs: Sequence[Path]) -> list[Run]:
     Raises:
       ValueError: one of them holds no run.
     """
-    found = [records.read(workdir, samples=False) for workdir in workdirs]
-    # Keys that were added since a run was made have their defaults.
-    return [dataclasses.replace(run, config=config_lib.from_json(json.dumps(run.config)).to_dict()) for run in found]
+    return [records.read(workdir, samples=False) for workdir in workdirs]

@@ -16,11 +16,20 @@ MODELS = {
     'Qwen 2.5 7B': 'qwen2.5-7b', 'Qwen 2.5 1.5B': 'qwen2.5-1.5b',
 }
 TASKS = {'gsm8k': 'GSM8K', 'math500': 'MATH', 'aime24': 'AIME 2024', 'quality': 'QuALITY'}
-QUESTIONS = {'gsm8k': 1319, 'math500': 500, 'aime24': 30}  # of the test sets; that of QuALITY is not told
+# How many there are, by split; those of QuALITY are not told.
+QUESTIONS = {'test': {'gsm8k': 1319, 'math500': 500, 'aime24': 30}, 'validation': {'gsm8k': 747, 'math500': 750}}
 # Of sampling and evaluation, in all tables (section 3.2, appendix D).
-SETTINGS = {'sampling.temperature': 0.8, 'sampling.top_p': 0.9, 'sampling.max_new_tokens': 1024, 'eval.samples': 8,
-            'guidance.candidates': 20, 'guidance.epsilon_cutoff': 0.0, 'guidance.outside': 'zero'}
-ETA = 0.1
+SETTINGS = {'sampling.temperature': 0.8, 'sampling.top_p': 0.9, 'sampling.max_new_tokens': 1024, 'eval.samples': 8}
+# Of guidance and of the fits, likewise (appendices D and E).
+GUIDANCE = {'guidance.candidates': 20, 'guidance.epsilon_cutoff': 0.0, 'guidance.outside': 'zero',
+            'guidance.order': 'paper'}
+FITS = {'collect.examples': 0, 'collect.samples': 16, 'collect.budget': 'fresh', 'collect.cut': 'uniform',
+        'collect.drop_no_variation': True, 'fit.epochs': 5.0, 'fit.optimizer': 'adamw', 'fit.learning_rate': 2e-5,
+        'fit.learning_rate_factors': (1.0,), 'fit.schedule': 'constant', 'fit.warmup_steps': 0,
+        'fit.head_lr_multiplier': 1.0, 'fit.weight_decay': 0.01, 'fit.frozen_layers': 0, 'fit.init': 'base'}
+CLIP_NORM = {'v': 5.0, 'q': 0.0}  # by the type of the value network
+BATCH = 32  # answers
+ETA, ITERATIONS = 0.1, 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,8 @@ _GREY, _BLUE, _SKY, _ORANGE, _GREEN, _PURPLE = '#8a8f98', '#3273dc', '#5fb4e5', 
 _RED, _YELLOW = '#d1495b', '#b59f1a'
 _LOOKS = {
     'reference': (_GREY, 's'), 'cd': (_ORANGE, '^'), 'fudge': (_GREEN, 'v'), 'qsharp': (_BLUE, 'o'),
-    'vas': (_PURPLE, 'd'), 'cd_pairs': (_ORANGE, 'D'), 'fudge_pairs': (_GREEN, 'D'), 'qsharp_pairs': (_BLUE, 'D'),
+    'vas': (_PURPLE, 'd'), 'cd_pairs': (_ORANGE, 'D'), 'fudge_pairs': (_GREEN, 'D'), 'vas_pairs': (_PURPLE, 'D'),
+    'qsharp_pairs': (_BLUE, 'D'),
     'reinforce': (_PURPLE, 'P'), 'reinforce_greedy': (_PURPLE, 'X'), 'grpo': (_RED, '*'), 'dpo': (_SKY, 'P'),
     'rpo': (_YELLOW, 'X')}
 _STYLE: Any = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import re
 from typing import Any
 
+from qsharp_jax import config as config_lib
 from qsharp_jax.metrics import read_rows
 from qsharp_jax.progress import duration
 
@@ -22,7 +23,7 @@ class Run:
 
     Attributes:
       workdir: where it was read from.
-      config: as config.json has it, nested.
+      config: nested.
       results: rows of results.jsonl.
       metrics: rows of metrics.jsonl.
       calibration: calibration/iteration_<k>.json by k. Read are {'bins': [{'low', 'high', 'mean_prediction',
@@ -83,7 +84,8 @@ def read(workdir: str | os.PathLike[str], samples: bool = True) -> Run:
         if match:
             calibration[int(match[1])] = _read_json(path)
     timings = directory / 'timings.json'
-    config = _read_json(directory / 'config.json')
+    # Keys that were added since the run was made have their defaults.
+    config = config_lib.from_json(json.dumps(_read_json(directory / 'config.json'))).to_dict()
     return Run(
         workdir=directory,
         config=config,

@@ -12,7 +12,8 @@ Row = Mapping[str, Any]
 METHODS = {
     'reference': 'reference', 'reinforce': 'REINFORCE', 'reinforce_greedy': 'REINFORCE, greedy', 'grpo': 'GRPO',
     'dpo': 'DPO', 'rpo': 'RPO', 'cd_pairs': 'CD on pairs', 'fudge_pairs': 'FUDGE on pairs',
-    'qsharp_pairs': 'Q♯ on pairs', 'cd': 'CD', 'vas': 'VAS', 'fudge': 'FUDGE', 'qsharp': 'Q♯'}
+    'vas_pairs': 'VAS on pairs', 'qsharp_pairs': 'Q♯ on pairs', 'cd': 'CD', 'vas': 'VAS', 'fudge': 'FUDGE',
+    'qsharp': 'Q♯'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ def name(row: Row) -> str:
 
 def has_eta(row: Row) -> bool:
     """Whether the policy depends on eta: others have no value network, and FUDGE's weight is free of it."""
-    return row['method'] in ('cd', 'vas', 'qsharp', 'cd_pairs', 'qsharp_pairs')
+    return row['method'].removesuffix('_pairs') in ('cd', 'vas', 'qsharp')
 
 
 def of_split(rows: Sequence[Row], split: str) -> list[Row]:
@@ -51,9 +52,12 @@ def of_split(rows: Sequence[Row], split: str) -> list[Row]:
 
 
 def chosen_etas(rows: Sequence[Row], select_split: str) -> dict[tuple[str, int], float]:
-    """The eta with the best pass@1 on `select_split`, by (method, iteration); of equals the weakest guidance."""
+    """The eta with the best pass@1 on `select_split`, by (method, iteration); of equals the weakest guidance.
+
+    Rows that were evaluated beside the run take no part.
+    """
     chosen: dict[tuple[str, int], float] = {}
-    for row in sorted((row for row in rows if row['split'] == select_split and has_eta(row)),
+    for row in sorted((row for row in rows if row['split'] == select_split and has_eta(row) and row['selected']),
                       key=lambda row: (row['pass@1'], row['eta'])):
         chosen[row['method'], row['iteration']] = row['eta']
     return chosen
@@ -83,7 +87,9 @@ def terminal(rows: Sequence[Row], split: str, select_split: str = '') -> str:
 def table(rows: Sequence[Row], split: str, select_split: str = '') -> tuple[list[str], list[list[str]]]:
     """Titles and cells of a split's table; columns that no row fills are left out."""
     shown = of_split(rows, split)
-    k = next((row['k'] for row in shown if 'k' in row), 'k')
+    # Most rows have it; those of another k have no such numbers.
+    k = _commonest([row['k'] for row in shown])
+    sizes = {_size(row) for row in shown}
     columns = [
         Column('policy', name),
         Column('η', lambda row: f'{row["eta"]:g}' if has_eta(row) else ''),
@@ -92,15 +98,16 @@ def table(rows: Sequence[Row], split: str, select_split: str = '') -> tuple[list
         Column('over reference', lambda row: _interval(row, 'difference_to_reference')),
         Column('over CD', lambda row: _interval(row, 'difference_to_cd')),
         # Of one answer, both are pass@1 again.
-        Column(f'pass@{k} %', lambda row: '' if k == 1 else _percent(row, 'pass@k')),
-        Column(f'maj@{k} %', lambda row: '' if k == 1 else _percent(row, 'maj@k')),
-        Column(f'best of {k} by value %', lambda row: _percent(row, 'best_of_k')),
-        Column(f'weighted maj@{k} %', lambda row: _percent(row, 'weighted_maj@k')),
+        Column(f'pass@{k} %', lambda row: '' if k == 1 else _of_k(row, 'pass@k', k)),
+        Column(f'maj@{k} %', lambda row: '' if k == 1 else _of_k(row, 'maj@k', k)),
+        Column(f'best of {k} by value %', lambda row: _of_k(row, 'best_of_k', k)),
+        Column(f'weighted maj@{k} %', lambda row: _of_k(row, 'weighted_maj@k', k)),
         Column('KL, nats', lambda row: _measured(row, 'kl')),
         Column('KL per token', lambda row: _measured(row, 'kl_per_token', digits=3)),
         Column('truncated %', lambda row: _percent(row, 'truncated')),
         Column('GFLOP per answer', lambda row: _giga(row, 'flops_per_answer')),
         Column('per right answer', lambda row: _giga(row, 'flops_per_right_answer')),
+        Column('questions, answers each', lambda row: '{}, {}'.format(*_size(row)) if len(sizes) > 1 else ''),
     ]
     texts = [[column.text(row) for row in shown] for column in columns]
     filled = [i for i, column in enumerate(texts) if i == 0 or any(column)]
@@ -112,8 +119,9 @@ def caption(rows: Sequence[Row], split: str, select_split: str = '') -> str:
     shown = of_split(rows, split)
     if not shown:
         return f'No policy has been evaluated on the split {split!r} yet.'
-    examples, samples = shown[0]['n_examples'], shown[0]['n_samples']
-    text = f'{split.capitalize()} split: {examples} questions, {samples} answers each; ± is one standard error.'
+    sizes = {_size(row) for row in shown}
+    size = '{} questions, {} answers each'.format(*_size(shown[0])) if len(sizes) == 1 else 'not all of one size'
+    text = f'{split.capitalize()} split: {size}; ± is one standard error.'
     if any(_interval(row, 'difference_to_reference') for row in shown):
         text += ' Differences are in points of pass@1, [in brackets] their 95 % intervals by the paired bootstrap.'
     if any(_chosen_rows(rows, split, select_split)):
@@ -163,6 +171,19 @@ def _chosen_rows(rows: Sequence[Row], split: str, select_split: str) -> list[boo
 
 def _eta(row: Row) -> float:
     return row['eta'] if has_eta(row) else 0.0
+
+
+def _commonest(numbers: Sequence[int]) -> int:
+    """The number that is there most often, of equals the largest; 1 of none."""
+    return max(numbers, key=lambda number: (numbers.count(number), number), default=1)
+
+
+def _size(row: Row) -> tuple[int, int]:
+    return row['n_examples'], row['n_samples']
+
+
+def _of_k(row: Row, field: str, k: int) -> str:
+    return _percent(row, field) if row['k'] == k else ''
 
 
 def _percent(row: Row, field: str) -> str:

@@ -11,7 +11,7 @@ from qsharp_jax.data.star_graph_text import parse_question
 from qsharp_jax.rewards.registry import register
 
 _INTEGER = re.compile(r'[+-]?\d{1,1000}')  # Python reads no integer of more than 4,300 digits
-_NODE = re.compile(r'\d{1,9}')
+_NODE = re.compile(r'0|[1-9][0-9]{0,8}')  # a name is written in one way
 # Of at most a thousand digits: Python reads no integer of more than 4,300. No part of a longer number, an exponent's
 # or a list's.
 _UNSIGNED = (r'((?:\d{1,3}(?:,\d{3}){1,300}|\d{1,1000})(?:\.\d{1,1000})?|\.\d{1,1000})(?:/(\d{1,1000}))?'
