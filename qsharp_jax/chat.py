@@ -87,8 +87,8 @@ class Speaker:
           ValueError: prompt and answer do not fit the positions of a network.
         """
         # Few widths, so that a conversation that grows is not compiled anew with every turn.
-        width = units.round_up(len(prompt), 64)
-        if width + self.max_new_tokens > self.max_positions:
+        width = min(units.round_up(len(prompt), 64), self.max_positions - self.max_new_tokens)
+        if len(prompt) > width:
             raise ValueError(f'a prompt of {len(prompt)} tokens and an answer of {self.max_new_tokens} do not fit the '
                              f'{self.max_positions} positions of the model: lower --max_new_tokens or shorten it.')
         rows = sharding.pad_rows(1, self.mesh)

@@ -5,13 +5,14 @@ redoes the unfinished block whole, with the same noise, so it ends with the same
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from qsharp_jax import decoding, progress, rollout
-from qsharp_jax.data.dataset import DatasetWriter, Rollout
+from qsharp_jax.data.dataset import DatasetWriter, Manifest, Rollout
 from qsharp_jax.data.prompts import Prompts
 from qsharp_jax.experiment import Experiment, grade
 from qsharp_jax.queue import Drawn, Queue
@@ -114,6 +115,35 @@ def label_missing(experiment: Experiment, iterations: int) -> None:
         return
     with progress.bar('label', total=len(missing), unit='shards') as bar:
         for iteration, block in missing:
-            rollouts = writer.read_shard(iteration, block)
-            writer.write_labels(iteration, block, experiment.reward.digest, label(experiment, prompts, rollouts))
             bar.update(1)
+            try:
+                rollouts = writer.read_shard(iteration, block)
+            except ValueError:
+                if experiment.config.fit.skip_corrupt:
+                    continue  # it is left out of the fit, with a warning
+                raise
+            writer.write_labels(iteration, block, experiment.reward.digest, label(experiment, prompts, rollouts))
+
+
+def check_questions(experiment: Experiment) -> None:
+    """Raises ValueError if a roll-out in D answers another question than its example has now.
+
+    Shards that cannot be read are passed over: what needs them says so.
+    """
+    manifest = Manifest(experiment.dataset_dir)
+    for shard in manifest.shards.values():
+        try:
+            rollouts = manifest.read(shard)
+        except ValueError:
+            continue
+        changed = answering_others(experiment.prompts('train'), rollouts)
+        if changed:
+            raise ValueError(f'example {changed[0]} has another prompt in {experiment.dataset_dir} than the questions '
+                             'have now: their files, or the tokenizer, were changed since. Bring them back, or choose '
+                             'another --workdir.')
+
+
+def answering_others(prompts: Prompts, rollouts: Sequence[Rollout]) -> list[int]:
+    """Returns the ids of the examples that have another prompt in a roll-out than among these."""
+    here = {int(example): tokens for example, tokens in zip(prompts.ids, prompts.tokens, strict=True)}
+    return [one.example for one in rollouts if not np.array_equal(one.prompt, here.get(one.example, []))]

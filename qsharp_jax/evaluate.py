@@ -100,7 +100,7 @@ def samples_of(experiment: Experiment, prompts: Prompts, which: Sequence[int] | 
             path = directory / f'block_{number:05d}.jsonl'
             chosen = which[first:first + block_examples]
             if path.exists():
-                done = _read_block(experiment, prompts, path)
+                done = _read_block(experiment, prompts, path, chosen, len(policies), samples)
                 bar.update(len(chosen) * drawn)
             else:
                 # Made for the first block that is missing: rows and their caches take memory.
@@ -120,14 +120,20 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
     replace_text(path, ''.join(json.dumps(row) + '\n' for row in rows))
 
 
-def _read_block(experiment: Experiment, prompts: Prompts, path: Path) -> list[Row]:
+def _read_block(experiment: Experiment, prompts: Prompts, path: Path, which: Sequence[int] | np.ndarray, policies: int,
+                samples: int) -> list[Row]:
     """Returns the rows of a finished block, with new rewards and votes if the reward's code has changed since."""
     try:
         rows: list[Row] = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
         old = [row for row in rows if row['reward_digest'] != experiment.reward.digest]
+        found = sorted((row['policy'], row['id'], row['sample'], row['prompt']) for row in rows)
+        wanted = sorted((policy, int(prompts.ids[index]), sample, prompts.texts[index])
+                        for policy in range(policies) for index in which for sample in range(samples))
+        if found != wanted:
+            raise ValueError('its rows are not the answers to the questions that the split has now')
     except (ValueError, KeyError) as error:
         raise ValueError(f'{path} is damaged ({type(error).__name__}: {error}). Delete it: the same command then makes '
-                         'it again.') from error
+                         'it again. If the files of the questions were changed, bring them back.') from error
     if old:
         place = {int(example): index for index, example in enumerate(prompts.ids)}
         earned = grade(experiment, prompts, np.array([place[row['id']] for row in old]), [row['text'] for row in old])

@@ -7,6 +7,7 @@ from typing import Any
 from qsharp_jax import baseline_runs, checkpoint
 from qsharp_jax import config as config_lib
 from qsharp_jax import experiment, sharding, train
+from qsharp_jax.baselines import pretraining
 from qsharp_jax.data.tokenizers import BPETokenizer
 from qsharp_jax.experiment import Experiment
 from qsharp_jax.models import value as value_lib
@@ -60,7 +61,11 @@ def _open(workdir: Path, iteration: int) -> tuple[Experiment, Params]:
     """Returns a run's parts and its value network, None if it has finished no fit and none is asked for."""
     path = workdir / 'config.json'
     if not iteration and path.exists() and not list(workdir.glob(f'checkpoints/value_*/{checkpoint.VALUE_FILE}')):
-        return experiment.load(experiment.outline(config_lib.from_json(path.read_text()), workdir)), None
+        config = config_lib.from_json(path.read_text())
+        if config.reference.source == 'pretrain' and not pretraining.is_finished(workdir):
+            raise ValueError(f'the run in {workdir} has not finished pre-training its reference: let it go on with '
+                             'experiments/train.py first.')
+        return experiment.load(experiment.outline(config, workdir)), None
     parts, _, values = train.open_run(workdir, iteration)
     return parts, values
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,24 @@ from qsharp_jax.models import networks
 from qsharp_jax.optimizers import OptimizerConfig
 from qsharp_jax.types import Array, Params
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Fitted:
-    """A finished fit: its learning rate, parameters, and quality on held-out prompts (None if none are held out)."""
+    """A finished fit.
+
+    Attributes:
+      rate: of learning.
+      params: of the network.
+      quality: on held-out prompts; None if none are held out, or the loss is no number.
+      diverged: what there is to say then; '' else.
+    """
 
     rate: float
     params: Params
     quality: learner.FitEvaluation | None
+    diverged: str = ''
 
 
 def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> Params:
@@ -49,14 +61,19 @@ def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> P
     train, heldout = batches(experiment, iteration)
     etas = tuple(sorted({float(config.eta), *(float(eta) for eta in config.eval.etas)}))
     best: _Fitted | None = None
-    sweep: dict[str, float] = {}
+    sweep: dict[str, float | None] = {}
     for rate in sorted(float(config.fit.learning_rate * factor) for factor in config.fit.learning_rate_factors):
         fitted = _fit(experiment, iteration, rate, start, train, heldout, etas)
         if fitted.quality is not None:
             sweep[f'{rate:g}'] = fitted.quality.loss
+        elif fitted.diverged:
+            sweep[f'{rate:g}'] = None
+            _logger.warning('%s', fitted.diverged)
         if best is None or _loss(fitted) < _loss(best):
             best = fitted
     assert best is not None
+    if not math.isfinite(_loss(best)) and best.diverged:
+        raise ValueError(best.diverged)
     about = {'learning_rate': best.rate, 'sweep': sweep}
     if best.quality is not None:
         write_calibration(experiment, iteration, best.quality, etas, about)
@@ -67,7 +84,8 @@ def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> P
 
 
 def _loss(fitted: _Fitted) -> float:
-    return fitted.quality.loss if fitted.quality is not None else math.inf
+    loss = fitted.quality.loss if fitted.quality is not None else math.inf
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _steps(experiment: Experiment, train: FitBatches) -> int:
@@ -109,8 +127,9 @@ def _fit(experiment: Experiment, iteration: int, rate: float, start: Params, tra
             if last or done % config.logging.every_steps == 0:
                 row = {name: float(value) for name, value in metrics.items()}
                 if not math.isfinite(row['loss']):
-                    raise ValueError(f'the loss of {stage} is {row["loss"]} at step {done}: lower its learning rate '
-                                     'or fit.clip_norm. The last checkpoint is kept.')
+                    saved.close()
+                    writer.close()
+                    return _Fitted(rate, state.params, None, _diverged(stage, row['loss'], done, experiment.workdir))
                 writer.write(stage, done, {**row, 'epoch': done / train.steps_per_epoch}, iteration=iteration)
                 bar.update(0, loss=row['loss'])
             if heldout and (last or done % config.logging.heldout_every_steps == 0):
@@ -120,13 +139,19 @@ def _fit(experiment: Experiment, iteration: int, rate: float, start: Params, tra
                                            'heldout_ece': calibration.ece(_reliability(experiment, quality))},
                              iteration=iteration)
             # Of several fits each is kept until the last is done.
-            if several if last else done % config.fit.checkpoint_every_steps == 0:
+            wanted = several if last else done % config.fit.checkpoint_every_steps == 0
+            if wanted and math.isfinite(metrics['loss']):
                 saved.save(done, state, {'dataset': digest})
     saved.close()
     writer.close()
     if heldout and quality is None:  # it was finished before
         quality = learner.evaluate_loss(predict, state.params, heldout, experiment.distribution)
     return _Fitted(rate, state.params, quality)
+
+
+def _diverged(stage: str, loss: float, step: int, workdir: Path) -> str:
+    return (f'the loss of {stage} is {loss} at step {step}: lower fit.learning_rate, its factors or fit.clip_norm, in a '
+            f'new --workdir with --relabel_from={workdir}, which takes over what was collected.')
 
 
 def scores_fn(experiment: Experiment) -> learner.ScoresFn:
@@ -158,7 +183,8 @@ def batches(experiment: Experiment, iteration: int) -> tuple[FitBatches, list[Fi
     collect.label_missing(experiment, iteration)
     dataset = AggregatedDataset(experiment.dataset_dir, experiment.reward.digest, iteration,
                                 skip_corrupt=config.fit.skip_corrupt)
-    train, heldout = split_examples(dataset.examples, config.fit.heldout_fraction, config.seed)
+    train, heldout = split_examples(
+        dataset.examples, config.fit.heldout_fraction, config.seed, experiment.prompts('train').ids)
     if config.collect.drop_no_variation:
         train = np.intersect1d(train, dataset.varied_examples())
         if not len(train):

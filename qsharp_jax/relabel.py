@@ -11,9 +11,8 @@ from pathlib import Path
 
 import jax
 import ml_collections
-import numpy as np
 
-from qsharp_jax import checkpoint
+from qsharp_jax import checkpoint, collect
 from qsharp_jax import config as config_lib
 from qsharp_jax.data.dataset import DatasetWriter, Manifest, Shard
 from qsharp_jax.experiment import Experiment
@@ -127,9 +126,7 @@ def _matches(key: str, patterns: tuple[str, ...]) -> bool:
 
 def _check_prompts(parts: Experiment, manifest: Manifest, shard: Shard) -> None:
     """Raises ValueError unless every roll-out answers the prompt that its example has here."""
-    prompts = parts.prompts('train')
-    here = {int(example): tokens for example, tokens in zip(prompts.ids, prompts.tokens, strict=True)}
-    for rollout in manifest.read(shard):
-        if not np.array_equal(rollout.prompt, here.get(rollout.example, [])):
-            raise ValueError(f'--relabel_from {manifest.directory.parent}: example {rollout.example} has another '
-                             'prompt there than in this run. Use the data and the tokenizer of that run.')
+    others = collect.answering_others(parts.prompts('train'), manifest.read(shard))
+    if others:
+        raise ValueError(f'--relabel_from {manifest.directory.parent}: example {others[0]} has another prompt there '
+                         'than in this run. Use the data and the tokenizer of that run.')

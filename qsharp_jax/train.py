@@ -13,6 +13,7 @@ import json
 import math
 from pathlib import Path
 import time
+import warnings
 
 import ml_collections
 
@@ -68,6 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, dry_run: bool = 
         parts = experiment.load(parts)
     # Now rather than after an iteration that was added.
     policy_settings.check_finished(config, directory, len(parts.prompts('train')))
+    collect.check_questions(parts)
     ledger = prompts_lib.ledger_path(config.task)
     if ledger:
         replace_text(directory / ledger.name, ledger.read_text())
@@ -124,8 +126,7 @@ def borrowed(parts: Experiment) -> list[tuple[int, Params, Params, tuple[str, ..
       ValueError: that run has finished none, or one of another tokenizer or shape.
     """
     source, config = Path(parts.config.value.run), parts.config
-    finished = [int(path.parent.name.removeprefix('value_'))
-                for path in (source / 'checkpoints').glob(f'value_*/{checkpoint.VALUE_FILE}')]
+    finished = _finished(parts)
     if not finished:
         raise ValueError(f'value.run is {str(source)!r}, which holds no finished value network: name the work '
                          'directory of a run that has fitted one.')
@@ -139,6 +140,12 @@ def borrowed(parts: Experiment) -> list[tuple[int, Params, Params, tuple[str, ..
     if last == of_others or not others:
         return [(last, values, cd_values, METHODS)]
     return [(1, _network(parts, 1), cd_values, others), (last, values, None, ('qsharp',))]
+
+
+def _finished(parts: Experiment) -> list[int]:
+    """Returns the iterations of which there is a finished value network, increasing."""
+    return sorted(int(path.parent.name.removeprefix('value_'))
+                  for path in parts.value_dir(1).parent.glob(f'value_*/{checkpoint.VALUE_FILE}'))
 
 
 def _network(parts: Experiment, iteration: int) -> Params:
@@ -189,9 +196,17 @@ def timed(workdir: Path, phase: str) -> Iterator[None]:
     try:
         yield
     finally:
-        timings = json.loads(path.read_text()) if path.exists() else {}
+        timings = _timings(path)
         timings[phase] = timings.get(phase, 0.0) + time.perf_counter() - began
         replace_text(path, json.dumps(timings, indent=1) + '\n')
+
+
+def _timings(path: Path) -> dict[str, float]:
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except ValueError as error:
+        warnings.warn(f'{path} cannot be read ({error}): times are counted anew.', stacklevel=2)
+        return {}
 
 
 def config_of(workdir: Path) -> ml_collections.ConfigDict:
@@ -215,8 +230,7 @@ def open_run(workdir: Path, iteration: int = 0) -> tuple[Experiment, int, Params
     config = config_of(workdir)
     parts = experiment.outline(config, workdir)
     # Before the reference: it would be pre-trained here if the run has not come so far.
-    finished = [k for k in range(1, config.iterations + 1)
-                if (parts.value_dir(k) / checkpoint.VALUE_FILE).exists()]
+    finished = _finished(parts)
     if not finished or (iteration and iteration not in finished):
         have = f'has finished {", ".join(map(str, finished))}' if finished else 'has finished none yet'
         raise ValueError(f'there is no value network of iteration {iteration or 1} in {workdir}: the run {have}.')

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+import shutil
 from typing import Any
 
 import jax
@@ -52,6 +53,30 @@ def test_the_rate_of_the_least_heldout_loss_is_kept(straight: Experiment) -> Non
     found = best.restore_latest(state)
     assert found is not None
     jax.tree.map(np.testing.assert_array_equal, kept, found[0].params)
+
+
+def test_a_rate_that_diverges_is_passed_over_and_several_need_not_all_end(
+        straight: Experiment, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = {'iterations': 1, 'fit__learning_rate': 0.01, 'fit__heldout_fraction': 0.25, 'logging__every_steps': 4}
+
+    def parts(factors: str) -> Experiment:
+        config = tiny.config(data, **keys, fit__learning_rate_factors=factors)
+        workdir = tmp_path / factors
+        train.prepare(config, workdir)
+        shutil.copytree(straight.workdir / 'dataset', workdir / 'dataset', dirs_exist_ok=True)
+        return experiment.load(experiment.outline(config, workdir))
+
+    for _ in range(2):  # the second reads it back
+        fit.fit_iteration(parts('1,1e40'), 1, None)
+    meta = checkpoint.load_meta(tmp_path / '1,1e40' / 'checkpoints' / 'value_1')
+    assert meta['learning_rate'] == 0.01 and meta['sweep']['0.01'] > 0 and meta['sweep']['1e+38'] is None
+    assert 'the loss of fit_1_1e+38 is nan' in caplog.text
+    # No checkpoint is of such numbers.
+    state = learner.init(straight.init_value_params(), fit.optimizer_config(straight.config.fit, 1.0, 2))
+    kept = checkpoint.Checkpoints(tmp_path / '1,1e40' / 'checkpoints' / 'fit_1_1e+38').restore_latest(state)
+    assert kept is None or int(kept[0].step) < 4
+    with pytest.raises(ValueError, match='the loss of fit_1 is nan .* new --workdir with --relabel_from='):
+        fit.fit_iteration(parts('1e40'), 1, None)
 
 
 @pytest.mark.parametrize('module, name, call', [

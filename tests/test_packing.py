@@ -343,6 +343,19 @@ def test_held_out_examples_depend_on_the_seed_and_hardly_on_the_others():
     assert len(held & set(split_examples(np.arange(120), 0.2, 0)[1].tolist())) >= 14
 
 
+@pytest.mark.parametrize('seed', range(5))
+def test_what_is_held_out_stays_so_when_more_examples_come(seed):
+    every = np.random.default_rng(seed).permutation(1000)[:200]
+    first, more = every[:100], every
+    train, held = split_examples(first, 0.05, seed, every)
+    train_more, held_more = split_examples(more, 0.05, seed, every)
+    assert len(held_more) == 10 and set(held) <= set(held_more) and set(train) <= set(train_more)
+    # All there are: as without them. None of the share here: some of these.
+    assert held_more.tolist() == split_examples(more, 0.05, seed)[1].tolist()
+    few = np.setdiff1d(every, held_more)[:7]
+    assert [len(part) for part in split_examples(few, 0.05, seed, every)] == [6, 1]
+
+
 @pytest.mark.parametrize('ids, fraction, words', [([1, 2], 1.0, 'below 1'), ([1, 2], -0.1, 'at least 0'),
                                                   ([1], 0.5, '1 example cannot be split')])
 def test_impossible_splits_are_refused(ids, fraction, words):

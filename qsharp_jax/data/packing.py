@@ -274,15 +274,19 @@ def _work(rows: int, length: float) -> float:
     return rows * length * (1 + length / ATTENTION_KEYS)
 
 
-def split_examples(ids: Collection[int] | np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_examples(ids: Collection[int] | np.ndarray, fraction: float, seed: int,
+                   among: Collection[int] | np.ndarray = ()) -> tuple[np.ndarray, np.ndarray]:
     """Returns the ids to train on and those held out, increasing, with at least one of each if 0 < fraction < 1.
 
-    An id's rank is drawn from the seed alone: ids that come later move few of the others.
+    An id's rank is drawn from the seed alone. Of all examples that there may be, the share of the lowest rank is held
+    out, whichever are here: what is held out once is so when more examples have come. Only where that would leave none
+    of a kind, the ids here are divided by themselves.
 
     Args:
       ids: of examples.
       fraction: share held out.
       seed: of the split.
+      among: ids of all that there may be; none for `ids`.
     """
     ids = np.unique(np.fromiter(ids, np.int64))
     if not 0 <= fraction < 1:
@@ -290,9 +294,15 @@ def split_examples(ids: Collection[int] | np.ndarray, fraction: float, seed: int
     if fraction and len(ids) < 2:
         raise ValueError(f'{len(ids)} example cannot be split into some to train on and some held out: collect more, '
                          'or set the held-out share to 0.')
-    order = sorted(ids.tolist(), key=lambda id_: builders.hash_share(f'held out {seed} {id_}'))
-    count = min(max(round(fraction * len(ids)), 1), len(ids) - 1) if fraction else 0
-    return np.sort(np.array(order[count:], np.int64)), np.sort(np.array(order[:count], np.int64))
+
+    def lowest(ids: np.ndarray) -> np.ndarray:
+        order = sorted(ids.tolist(), key=lambda id_: builders.hash_share(f'held out {seed} {id_}'))
+        return np.array(order[:min(max(round(fraction * len(ids)), 1), len(ids) - 1) if fraction else 0], np.int64)
+
+    held = np.intersect1d(ids, lowest(np.union1d(ids, np.fromiter(among, np.int64))))
+    if fraction and not 0 < len(held) < len(ids):
+        held = np.sort(lowest(ids))
+    return np.setdiff1d(ids, held), held
 
 
 def _split(numbers: np.ndarray, parts: int) -> list[np.ndarray]:

@@ -121,4 +121,5 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding='utf-8'))
     except json.JSONDecodeError as error:
-        raise ValueError(f'{path} is no JSON: {error}. Delete it, and the run makes it again.') from error
+        raise ValueError(f'{path} is no JSON: {error}. Bring it back from a copy; without one, the report does without '
+                         'times and calibration, and without config.json there is no run.') from error
