@@ -129,7 +129,8 @@ def _fit(experiment: Experiment, iteration: int, rate: float, start: Params, tra
                 if not math.isfinite(row['loss']):
                     saved.close()
                     writer.close()
-                    return _Fitted(rate, state.params, None, _diverged(stage, row['loss'], done, experiment.workdir))
+                    return _Fitted(
+                        rate, state.params, None, _diverged(stage, row['loss'], done, experiment.workdir))
                 writer.write(stage, done, {**row, 'epoch': done / train.steps_per_epoch}, iteration=iteration)
                 bar.update(0, loss=row['loss'])
             if heldout and (last or done % config.logging.heldout_every_steps == 0):
@@ -150,8 +151,8 @@ def _fit(experiment: Experiment, iteration: int, rate: float, start: Params, tra
 
 
 def _diverged(stage: str, loss: float, step: int, workdir: Path) -> str:
-    return (f'the loss of {stage} is {loss} at step {step}: lower fit.learning_rate, its factors or fit.clip_norm, in a '
-            f'new --workdir with --relabel_from={workdir}, which takes over what was collected.')
+    return (f'the loss of {stage} is {loss} at step {step}: lower fit.learning_rate, its factors or fit.clip_norm, in '
+            f'a new --workdir with --relabel_from={workdir}, which takes over what was collected.')
 
 
 def scores_fn(experiment: Experiment) -> learner.ScoresFn:

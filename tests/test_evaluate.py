@@ -246,14 +246,15 @@ def test_blocks_without_votes_are_counted_and_not_decoded_again(tmp_path, asked,
 
 @pytest.mark.parametrize('change', [
     lambda rows: rows[:-1], lambda rows: [], lambda rows: [*rows, rows[0]],
-    lambda rows: [{**rows[0], 'prompt': 'another question'}, *rows[1:]], lambda rows: [{**rows[0], 'id': 77}, *rows[1:]]])
+    lambda rows: [{**rows[0], 'prompt': 'another question'}, *rows[1:]],
+    lambda rows: [{**rows[0], 'id': 77}, *rows[1:]]])
 def test_a_block_of_other_answers_than_were_asked_is_named(tmp_path, asked, experiment, change):
     arguments = experiment, PROMPTS, np.arange(5), [Evaluated('qsharp', 1, 0.1, 1.0)], None, 'test', 1, 4, 2
     evaluate.samples_of(*arguments)
     path = sorted(tmp_path.rglob('block_*.jsonl'))[1]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text(''.join(json.dumps(row) + '\n' for row in change(rows)))
-    with pytest.raises(ValueError, match='block_00001.jsonl is damaged .* not the answers to the questions .*Delete it'):
+    with pytest.raises(ValueError, match='block_00001.jsonl is damaged .* not the answers to the questions .*Delete'):
         evaluate.samples_of(*arguments)
 
 
