@@ -236,6 +236,9 @@ def test_reference_without_a_fit_is_exported_alone(folders: tuple[Path, Path], t
 def test_closed_vocabulary_is_exported_as_a_list(tmp_path: Path) -> None:
     config = tiny.config(tmp_path / 'data', reference__pretrain__steps=2)
     train.prepare(config, tmp_path / 'run')
+    with pytest.raises(ValueError, match='has not finished pre-training its reference'):
+        export.run(tmp_path / 'run', tmp_path / 'out')
+    experiment.load(experiment.outline(config, tmp_path / 'run'))
     made = export.run(tmp_path / 'run', tmp_path / 'out')
     file = pretrained.open_checkpoint(made[0])
     tokens = json.loads((made[0] / 'vocabulary.json').read_text())['tokens']
