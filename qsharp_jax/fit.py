@@ -72,7 +72,7 @@ def fit_iteration(experiment: Experiment, iteration: int, previous: Params) -> P
         if best is None or _loss(fitted) < _loss(best):
             best = fitted
     assert best is not None
-    if not math.isfinite(_loss(best)) and best.diverged:
+    if best.diverged:  # all did
         raise ValueError(best.diverged)
     about = {'learning_rate': best.rate, 'sweep': sweep}
     if best.quality is not None:

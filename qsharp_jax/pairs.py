@@ -102,6 +102,7 @@ def draw(experiment: Experiment) -> None:
     side = beside(experiment)
     settings = {name: config.baselines[name] for name in SETTINGS}
     _check_settings(side, settings)
+    collect.check_questions(side)
     writer = DatasetWriter(side.dataset_dir)
     empty = _empty_blocks(side)
     queue: Queue | None = None

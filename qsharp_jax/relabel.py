@@ -112,6 +112,7 @@ def drawn_otherwise(theirs: ml_collections.ConfigDict, ours: ml_collections.Conf
 
 
 def _check_reference(parts: Experiment, source: Path) -> None:
+    """Raises ValueError if the other run's value network says that its roll-outs are of another reference."""
     fitted = source / parts.value_dir(1).relative_to(parts.workdir)
     if (fitted / checkpoint.VALUE_FILE).exists():
         digest = checkpoint.load_meta(fitted)['reference']

@@ -240,6 +240,8 @@ def describe(found: Sequence[Planned]) -> str:
     rate = estimates.measured_rate([one.workdir for one in found])
     for one in found:
         lines += [f'{one.job.name}: {one.status}', f'  {one.command}']
+        if one.other_configuration:
+            lines.append(f'  {one.other_configuration}')
         if one.shares:
             lines.append(f'  takes the first iteration and the reference\'s answers from {one.shares}')
         if one.status == 'done':

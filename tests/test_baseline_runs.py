@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,10 @@ def test_blocks_without_a_pair_are_passed_over_once(
     with monkeypatch.context() as patch:
         patch.setattr(pairs, '_search', lambda *args: pytest.fail('it drew'))
         assert len(pairs.read(parts)[0]) == len(found)
+    prompts = parts.prompts('train')
+    other = dataclasses.replace(prompts, tokens=prompts.tokens[::-1])
+    with pytest.raises(ValueError, match='has another prompt in .*pairs'):
+        pairs.read(dataclasses.replace(parts, splits={'train': other}))
     again = loaded(data, tmp_path / 'single', **{**keys, 'baselines__pair_tries': 3}, collect__block_examples=1)
     with pytest.raises(ValueError, match='pair_tries was 2, now 3'):
         pairs.read(again)

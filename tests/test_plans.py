@@ -97,6 +97,7 @@ def test_a_run_is_done_when_each_of_its_methods_has_its_rows(tmp_path: Path) -> 
     other, = reproduce.planned('star_graph', 'tiny', tmp_path, [
         ('eval.every_eta', 'False'), ('eval.etas', '0.1,0.3'), ('seed', '1')])
     assert other.missing and other.status == 'there is another run in its place'
+    assert 'seed was 0, now 1' in reproduce.describe([other])
     with pytest.raises(ValueError, match='star_graph: .* seed was 0, now 1.* elsewhere, with --root'):
         reproduce.run('star_graph', 'tiny', tmp_path, [('seed', '1')], execute=True)
 
