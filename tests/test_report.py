@@ -268,8 +268,8 @@ def test_numbers_that_do_not_exist_leave_their_cell_empty() -> None:
     assert len(plots.pass1_against_kl([row], 'test').axes[0].containers) == 0
 
 
-def test_of_equal_etas_the_weakest_guidance_is_chosen() -> None:
-    rows = [result('qsharp', 1, eta, 0.5, 1.0, split='validation') for eta in (0.2, 0.4, 0.1)]
+def test_the_eta_is_shown_that_the_run_has_chosen() -> None:
+    rows = [result('qsharp', 1, eta, 0.5, 1.0, split='validation', selected=eta == 0.4) for eta in (0.2, 0.4, 0.1)]
     assert tables.chosen_etas(rows, 'validation') == {('qsharp', 1): 0.4}
     # What was evaluated beside the run was no choice of it.
     beside = result('qsharp', 1, 0.7, 0.9, 1.0, split='validation', selected=False)

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+import types
 
 import pytest
 
@@ -75,3 +77,17 @@ def test_the_plan_of_a_config():
     assert results.plan_of(config).splits == ('test',)
     config.eval.select_split = 'test'
     assert results.plan_of(config).splits == ('test',)
+
+
+def test_of_equal_etas_the_weakest_guidance_is_chosen(tmp_path: Path) -> None:
+    evaluation = results.Evaluation(types.SimpleNamespace(
+        workdir=tmp_path, distribution=types.SimpleNamespace(v_min=0.0)), PLAN)
+    group = [Evaluated('qsharp', 1, eta, 0.8) for eta in (0.2, 0.4, 0.1)]
+
+    def best(*rewards: float) -> float:
+        for policy, reward in zip(group, rewards, strict=True):
+            evaluation._answers['validation', policy] = [
+                {'id': 0, 'sample': 0, 'reward': reward, 'kl': 0.0, 'text': '', 'vote': ''}]
+        return evaluation._best(group, 'validation')
+
+    assert best(0.5, 0.5, 0.5) == 0.4 and best(0.5, 0.5, 0.6) == 0.1 and best(0.5, 0.4, 0.5) == 0.2

@@ -52,15 +52,9 @@ def of_split(rows: Sequence[Row], split: str) -> list[Row]:
 
 
 def chosen_etas(rows: Sequence[Row], select_split: str) -> dict[tuple[str, int], float]:
-    """The eta with the best pass@1 on `select_split`, by (method, iteration); of equals the weakest guidance.
-
-    Rows that were evaluated beside the run take no part.
-    """
-    chosen: dict[tuple[str, int], float] = {}
-    for row in sorted((row for row in rows if row['split'] == select_split and has_eta(row) and row['selected']),
-                      key=lambda row: (row['pass@1'], row['eta'])):
-        chosen[row['method'], row['iteration']] = row['eta']
-    return chosen
+    """The eta that the run has chosen on `select_split`, by (method, iteration)."""
+    return {(row['method'], row['iteration']): row['eta'] for row in rows
+            if row['split'] == select_split and has_eta(row) and row['selected']}
 
 
 def markdown(rows: Sequence[Row], split: str, select_split: str = '') -> str:
